@@ -1,0 +1,52 @@
+# One command each; every target sets up what it needs. Nothing but Python 3.11 or 3.12, make and git is assumed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+ARGS   ?=
+JOBS   ?= 2
+export OMP_NUM_THREADS ?= 1
+export MPLBACKEND := agg
+
+.PHONY: help reproduce report test test-notebooks test-python test-clean lab train bench export clean-notebooks readme
+help:            ## list the targets
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(STAMP): constraints.txt settings.ini setup.py
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+reproduce: $(STAMP)   ## run every artifact at the tiny profile, then write the report
+	$(BIN)/lcnb reproduce --profile tiny --jobs $(JOBS) $(ARGS)
+	$(BIN)/lcnb report
+
+report: $(STAMP)      ## write figures/report.html from what has been run
+	$(BIN)/lcnb report
+
+test: $(STAMP) test-notebooks test-python   ## the notebooks' own tests, then pytest (which runs every artifact at the tiny profile)
+
+test-notebooks: $(STAMP)
+	$(BIN)/nbdev_test --path nbs --n_workers $(JOBS) --do_print
+
+test-python: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-clean: $(STAMP)  ## notebooks are clean and lcnb/ is what they export
+	$(BIN)/nbdev_clean && $(BIN)/nbdev_export && git diff --exit-code -- nbs lcnb
+
+lab: $(STAMP)         ## open the book
+	$(BIN)/jupyter lab nbs
+
+train: $(STAMP)       ## train the tiny models again, from nothing (about 15 CPU-minutes each)
+	$(BIN)/python -m lcnb.laboratory.tiny_lm $(ARGS)
+
+bench: $(STAMP)       ## one table of time ratios against named baselines
+	$(BIN)/lcnb bench $(ARGS)
+
+export: $(STAMP)      ## notebooks -> lcnb/, then strip outputs
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+
+readme: $(STAMP)      ## nbs/index.ipynb -> README.md
+	$(BIN)/python .ci/readme.py
