@@ -30,23 +30,23 @@ def palette(methods, # names, in any order
     spare = {m: (str(m), SPARE[i % len(SPARE)], "o", "-") for i, m in enumerate(others)}
     return {m: dict(zip(("label", "color", "marker", "linestyle"), STYLES.get(m) or spare[m])) for m in methods}
 
-# %% ../../nbs/2_laboratory/plots.ipynb #c45aebf9
-def _axes(ax, size=(5.2, 3.4)):
+# %% ../../nbs/2_laboratory/plots.ipynb #54845054
+def _axes(ax, size=(6.4, 3.4)):
     "The axes given, or new ones."
     if ax is not None: return ax
     import matplotlib.pyplot as plt
     return plt.subplots(figsize=size, layout="constrained", dpi=150)[1]
 
 def _groups(rows, metric, by="method"):
-    "Rows of a metric by method, in order of appearance; rows without a method are one nameless group."
+    "Rows (a list of dicts or a data frame) of a metric by method, in order of appearance; rows without a method are one group, `measured`."
     groups = defaultdict(list)
-    for r in rows:
-        if r.get("metric", metric) == metric: groups[r.get(by, "")].append(r)
+    for r in rows.to_dict("records") if hasattr(rows, "to_dict") else rows:
+        if r.get("metric", metric) == metric: groups[r.get(by, "measured")].append(r)
     require(groups, "rows", f"{len(rows)} rows", f"rows with the metric {metric!r}")
     return groups
 
 def _mean(rows, key):
-    "Mean and range of the finite values of rows at each value of `key`, sorted: lists (keys, means, lows, highs)."
+    "Mean and range of the rows at each value of `key`, sorted: lists (keys, means, lows, highs)."
     at = defaultdict(list)
     for r in rows: at[float(r[key])].append(float(r["value"]))
     ks = sorted(at)
@@ -69,12 +69,11 @@ def _trained(ax, pretrained_len):
     if pretrained_len: ax.axvline(pretrained_len, color="black", linewidth=.8, linestyle=(0, (4, 3)), zorder=0, label=f"trained length ({_tokens(int(pretrained_len))})")
 
 def _finish(ax, n_labels):
-    "Light grid, no box, a legend that hides nothing: beside the axes when it is long."
+    "Light grid, no box, a legend that hides nothing: beside the axes, but for a single method."
     ax.grid(True, which="major", color="#DDDDDD", linewidth=.6); ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    if n_labels > 1 or ax.get_legend_handles_labels()[0]:
-        side = dict(loc="center left", bbox_to_anchor=(1.01, .5)) if n_labels > 4 else {}
-        ax.legend(frameon=False, fontsize=8, handlelength=2.4, **side)
+    side = dict(loc="center left", bbox_to_anchor=(1.01, .5)) if n_labels > 1 else {}
+    ax.legend(frameon=False, fontsize=8, handlelength=2.4, **side)
     return ax
 
 def _decades(ax, values):
@@ -87,13 +86,13 @@ def _decades(ax, values):
     ax.yaxis.set_major_locator(LogLocator(subs=subs)); ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if v < 1e5 else f"$10^{{{math.log10(v):.0f}}}$"))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
-# %% ../../nbs/2_laboratory/plots.ipynb #d167e23c
+# %% ../../nbs/2_laboratory/plots.ipynb #03eca1fb
 def plot_ppl(rows,                    # tidy rows with the metric `ppl`
              ax=None,                 # matplotlib axes; new ones if None
              pretrained_len:int=None, # tokens; draws the trained length
             ):                        # the axes
     "Perplexity by length, a line a method."
-    ax, groups = _axes(ax), _groups(rows, "ppl")
+    groups, ax = _groups(rows, "ppl"), _axes(ax)
     for method, style in palette(groups).items(): _line(ax, groups[method], "length", style)
     _trained(ax, pretrained_len)
     _decades(ax, [float(r["value"]) for g in groups.values() for r in g])
@@ -111,14 +110,14 @@ def _line(ax, rows, key, style, markers=True, **more):
     ax.plot(x, mean, linewidth=1.5, markersize=5, **{**style, **more})
     if low != high: ax.fill_between(x, low, high, color=style["color"], alpha=.15, linewidth=0)
 
-# %% ../../nbs/2_laboratory/plots.ipynb #6c5ce768
+# %% ../../nbs/2_laboratory/plots.ipynb #9f105928
 def plot_nll_curve(rows,                    # tidy rows with the metric `nll` and a position
                    ax=None,                 # matplotlib axes; new ones if None
                    pretrained_len:int=None, # tokens; draws the trained length
                    smooth:int=1,            # neighbouring rows averaged for the eye (a running mean); the rows stay as they are
                   ):                        # the axes
     "NLL by position, a line a method (as LM-Infinite's Figures 3 and 5)."
-    ax, groups = _axes(ax), _groups(rows, "nll")
+    groups, ax = _groups(rows, "nll"), _axes(ax)
     for method, style in palette(groups).items():
         x, mean, *_ = _mean(groups[method], "position")
         half = smooth//2
@@ -129,13 +128,13 @@ def plot_nll_curve(rows,                    # tidy rows with the metric `nll` an
     ax.set_xlim(left=0); ax.xaxis.set_major_formatter(lambda v, _: f"{int(v):,}")
     return _finish(ax, len(groups))
 
-# %% ../../nbs/2_laboratory/plots.ipynb #6f736792
+# %% ../../nbs/2_laboratory/plots.ipynb #1877ab62
 def plot_passkey(rows,                    # tidy rows with the metric `accuracy`
                  ax=None,                 # matplotlib axes; new ones if None
                  pretrained_len:int=None, # tokens; draws the trained length
                 ):                        # the axes
     "Passkey accuracy by length, mean over depths weighted by prompts, a line a method."
-    ax, groups = _axes(ax), _groups(rows, "accuracy")
+    groups, ax = _groups(rows, "accuracy"), _axes(ax)
     for method, style in palette(groups).items():
         at = defaultdict(lambda: [0., 0])
         for r in groups[method]: at[int(r["length"])][0] += float(r["value"])*int(r["n"]); at[int(r["length"])][1] += int(r["n"])
@@ -149,22 +148,24 @@ def plot_passkey(rows,                    # tidy rows with the metric `accuracy`
 def plot_passkey_map(rows,        # tidy rows with the metric `accuracy` and a depth, of one method
                      ax=None,     # matplotlib axes; new ones if None
                      method:str=None, # of the rows; may be left out where there is only one
-                     pretrained_len:int=None, # tokens; a line between the lengths up to it and those beyond
+                     pretrained_len:int=None, # tokens; a dashed line between the lengths up to it and those beyond
                     ):            # the axes
     "Passkey accuracy by length and depth, a map for one method."
     groups = _groups(rows, "accuracy")
     method = next(iter(groups)) if method is None and len(groups) == 1 else method
     require(method in groups, "method", method, f"one of {', '.join(map(str, groups))}")
     ax, mine = _axes(ax, (4.2, 3.2)), groups[method]
-    ns, ds = (sorted({r[k] for r in mine}) for k in ("length", "depth"))
-    grid = [[_mean([r for r in mine if (r["length"], r["depth"]) == (n, d)] or [dict(length=n, value=math.nan)], "length")[1][0] for n in ns] for d in ds]
+    cells = defaultdict(list)
+    for r in mine: cells[float(r["depth"]), int(r["length"])].append(float(r["value"]))
+    ds, ns = (sorted(set(k)) for k in zip(*cells))
+    grid = [[sum(cells[d, n])/len(cells[d, n]) if (d, n) in cells else math.nan for n in ns] for d in ds]
     image = ax.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
     for i, line in enumerate(grid):
         for j, v in enumerate(line):
             if math.isfinite(v): ax.text(j, i, f"{100*v:.0f}", ha="center", va="center", fontsize=7, color="white" if v < .6 else "black")
-    ax.set_xticks(range(len(ns)), [_tokens(int(n)) for n in ns]); ax.set_yticks(range(len(ds)), [f"{100*float(d):.0f}%" for d in ds])
+    ax.set_xticks(range(len(ns)), [_tokens(n) for n in ns]); ax.set_yticks(range(len(ds)), [f"{100*d:.0f}%" for d in ds])
     beyond = [i for i, n in enumerate(ns) if pretrained_len and n > pretrained_len]
-    if beyond and beyond[0]: ax.axvline(beyond[0] - .5, color="white", linewidth=1.6, linestyle=(0, (4, 3)))
+    if beyond and beyond[0]: ax.axvline(beyond[0] - .5, color="#D55E00", linewidth=1.6, linestyle=(0, (4, 3)))
     ax.set_xlabel("length of the prompt (tokens)"); ax.set_ylabel("depth of the key (share of the text)")
     ax.set_title(palette([method])[method]["label"], fontsize=9)
     ax.figure.colorbar(image, ax=ax, label="accuracy")

@@ -44,14 +44,16 @@ def token_nll(model,              # a causal language model, extended or not
     parts = [F.cross_entropy((head(x) if same else x).float().transpose(1, 2), t, reduction="none") for x, t in zip(h.split(step, 1), target.split(step, 1))]
     return torch.cat(parts, 1).cpu()
 
-# %% ../../nbs/2_laboratory/protocols.ipynb #c02fec2a
-def _check_docs(docs, lengths, least=2):
-    "The texts as int64 vectors and the lengths as given, if every text is at least as long as every length."
+# %% ../../nbs/2_laboratory/protocols.ipynb #203e4970
+def _check_docs(model, docs, lengths, least=2):
+    "The texts as int64 vectors and the lengths as given, if the model knows every token and every text is long enough."
     docs = [torch.as_tensor(d).long() for d in docs]
     require(docs and all(d.ndim == 1 for d in docs), "docs_ids", f"{len(docs)} texts", "at least 1 text, each a vector of token ids")
     lengths = [positive_int("length", n, least) for n in lengths]
     require(lengths, "lengths", lengths, "at least one length")
-    shortest = min(map(len, docs))
+    shortest, size = min(map(len, docs)), model.get_input_embeddings().num_embeddings
+    require(shortest > 0 and max(int(d.max()) for d in docs) < size, "docs_ids", f"{len(docs)} texts",
+            f"token ids below {size}, the vocabulary of the model (is this its tokenizer?)")
     require(max(lengths) <= shortest, "length", max(lengths), f"at most {shortest}, the tokens of the shortest text")
     return docs, lengths
 
@@ -87,7 +89,7 @@ def sliding_windows(n:int,       # tokens of the text
 
 sliding_windows(10, 6, 3, "last_stride"), sliding_windows(10, 6, 3, "all")
 
-# %% ../../nbs/2_laboratory/protocols.ipynb #f9a66d1d
+# %% ../../nbs/2_laboratory/protocols.ipynb #a23582f0
 SCORES = ("last_stride", "all")
 
 def eval_ppl(model,                     # a causal language model, extended or not
@@ -101,7 +103,7 @@ def eval_ppl(model,                     # a causal language model, extended or n
              columns:dict=None,         # constant columns of the rows: method, model, revision, dataset, seed
             )->list:                    # rows, metric `ppl`; n = tokens scored
     "Sliding-window perplexity (DCA, sec. 4.1). Scored: every token of a text but its first, once (`last_stride`), or each window's all."
-    docs, lengths = _check_docs(docs_ids, lengths)
+    docs, lengths = _check_docs(model, docs_ids, lengths)
     require(score in SCORES, "score", score, f"one of {', '.join(SCORES)}")
     require(positive_int("stride", stride) < min(lengths), "stride", stride, f"less than the shortest length {min(lengths)}")
     rows = []
@@ -111,7 +113,7 @@ def eval_ppl(model,                     # a causal language model, extended or n
         rows += _ppl_rows(nlls, [i for i, *_ in places], length, columns, per_doc)
     return rows
 
-# %% ../../nbs/2_laboratory/protocols.ipynb #45a3d723
+# %% ../../nbs/2_laboratory/protocols.ipynb #2098efa0
 def eval_last_ppl(model,                  # a causal language model, extended or not
                   docs_ids:list,          # int64 vectors, each at least as long as the longest length
                   lengths:list,           # tokens read, the scored ones included; one row each
@@ -122,7 +124,7 @@ def eval_last_ppl(model,                  # a causal language model, extended or
                   columns:dict=None,      # constant columns of the rows
                  )->list:                 # rows, metric `ppl`; n = tokens scored
     "Perplexity of the last tokens of each text given its last `length` tokens. Scored: the same `n_last` tokens at every length."
-    docs, lengths = _check_docs(docs_ids, lengths)
+    docs, lengths = _check_docs(model, docs_ids, lengths)
     require(positive_int("n_last", n_last) < min(lengths), "n_last", n_last, f"less than the shortest length {min(lengths)}")
     rows = []
     for length in lengths:
@@ -130,7 +132,7 @@ def eval_last_ppl(model,                  # a causal language model, extended or
         rows += _ppl_rows(nlls, list(range(len(docs))), length, columns, per_doc)
     return rows
 
-# %% ../../nbs/2_laboratory/protocols.ipynb #649c7300
+# %% ../../nbs/2_laboratory/protocols.ipynb #f1e544b0
 def eval_nll_curve(model,                  # a causal language model, extended or not
                    docs_ids:list,          # int64 vectors; they may differ in length
                    bin_size:int=1,         # positions averaged into one row
@@ -139,7 +141,7 @@ def eval_nll_curve(model,                  # a causal language model, extended o
                    columns:dict=None,      # constant columns of the rows
                   )->list:                 # rows, metric `nll` in nats; `position` = middle of the bin; n = tokens in it
     "NLL by position (LM-Infinite, sec. 4.1). Scored: every token of each text but its first, given the whole text before it."
-    docs, _ = _check_docs(docs_ids, [2])
+    docs, _ = _check_docs(model, docs_ids, [2])
     positive_int("bin_size", bin_size)
     nlls = _scored(model, docs, [len(d)-1 for d in docs], bos_id, batch_tokens)
     n = max(map(len, docs))

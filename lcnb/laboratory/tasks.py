@@ -15,15 +15,17 @@ from torch import Tensor
 from ..foundations.checks import InputError, require, positive_int
 from . import grammar
 
-# %% ../../nbs/2_laboratory/tasks.ipynb #8f34cf6f
+# %% ../../nbs/2_laboratory/tasks.ipynb #c86c008d
 def tokens_after(tokenizer,       # of Hugging Face
                  text:str,        # begins with its space, if a space precedes it in the text
                  anchor:str=".",  # what precedes it
                 )->list:          # token ids
     "Token ids of `text` as they are when it follows `anchor`."
     ids = lambda s: tokenizer(s, add_special_tokens=False, verbose=False).input_ids
-    before, both = ids(anchor), ids(anchor + text)
-    return both[len(before):] if both[:len(before)] == before else ids(text)
+    for a in (anchor, ".", "x", "0", ")", "\n"):
+        before, both = ids(a), ids(a + text)
+        if both[:len(before)] == before and before: return both[len(before):]
+    return ids(text)
 
 # %% ../../nbs/2_laboratory/tasks.ipynb #9cc35f3d
 @dataclass
