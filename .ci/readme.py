@@ -7,13 +7,18 @@ from pathlib import Path
 root = Path(__file__).resolve().parents[1]
 
 
+def from_root(link):
+    "A link of nbs/index.ipynb as a link of README.md."
+    return f"]({link[1][3:] if link[1].startswith('../') else 'nbs/' + link[1]})"
+
+
 def markdown(nb):
     "The notebook as Markdown: prose as it is, code fenced, hidden cells and directives left out, links relative to the root."
     parts = []
     for cell in nb["cells"]:
         text = "".join(cell["source"])
         if text.startswith("#| hide"): continue
-        if cell["cell_type"] == "markdown": parts.append(text.replace("](../", "](").replace('src="../', 'src="'))
+        if cell["cell_type"] == "markdown": parts.append(re.sub(r"\]\((?!https?:|#)([^)]+)\)", from_root, text))
         else: parts.append("```python\n" + re.sub(r"^#\|.*\n", "", text, flags=re.M).strip() + "\n```")
     return "<!-- Made from nbs/index.ipynb by `make readme`; edit that. -->\n" + "\n\n".join(parts) + "\n"
 
