@@ -38,8 +38,9 @@ QUESTIONS = {
     "place":  "Where does {name} live?", "job": "What does {name} work as?", "pet": "What does {name} keep?",
     "colour": "Which colour does {name} like?", "food": "What food does {name} eat?"}
 CODE, CODE_QUESTION = "The code of the {obj} is {code}.", "What is the code of the {obj}?"
-NARRATION = ["{time} {name} {verb} the {adj} {obj} {spot}.", "{name} {verb} the {adj} {obj}.", "{time} {name} met {other} {spot}.",
-             "{name} gave the {adj} {obj} to {other}.", "{name} was {mood}."]
+NARRATION = ["{time} {name} {verb} the {adj} {obj} in {place}.", "{name} {verb} the {adj} {obj} for the {job_of_other} {other}.",
+             "{time} {name} and the {pet} met {other} {spot}.", "{name} gave {food} to {other} and asked for {food_of_other}.",
+             "{name} walked to {place_of_other} and {verb} the {adj} {obj}.", "{name} was {mood}."]
 LIST = "{name} packed the {a}, the {b} and the {c}. {time} {name} unpacked the {a}, the {b} and the {c}."
 LEXICON = dict(name=NAMES, place=PLACES, job=JOBS, pet=PETS, colour=COLOURS, food=FOODS, obj=OBJECTS, adj=ADJECTIVES, verb=VERBS,
                spot=SPOTS, time=TIMES, mood=MOODS)
@@ -71,7 +72,7 @@ class World:
     def chapter(self)->None:
         "Choose who and what is on stage for the next sentences."
         pick = lambda pool: self.rng.sample(list(pool), min(len(pool), self.rng.randint(2, 4)))
-        self.cast, self.props, self.left = pick(self.people), pick(self.codes), self.rng.randint(10, 30)
+        self.cast, self.props, self.left = pick(self.people), pick(self.codes), self.rng.randint(6, 16)
 
 # %% ../../nbs/2_laboratory/grammar.ipynb #7f717092
 def _fact(w):
@@ -94,15 +95,16 @@ def _question(w):
 def _narration(w):
     verb, (name, other) = w.rng.choice(VERBS), w.rng.sample(w.cast, 2)
     obj = w.rng.choice(objects_of(verb))
+    known = w.people[name] | {f"{kind}_of_other": value for kind, value in w.people[other].items()}
     free = {k: w.rng.choice(LEXICON[k]) for k in ("time", "spot", "mood")}
-    return w.rng.choice(NARRATION).format(name=name, other=other, verb=verb, obj=obj, adj=w.rng.choice(adjectives_of(obj)), **free)
+    return w.rng.choice(NARRATION).format(name=name, other=other, verb=verb, obj=obj, adj=w.rng.choice(adjectives_of(obj)), **known, **free)
 
 def _list(w):
     a, b, c = w.rng.sample(OBJECTS, 3)
     return LIST.format(name=w.rng.choice(w.cast), a=a, b=b, c=c, time=w.rng.choice(TIMES))
 
 # %% ../../nbs/2_laboratory/grammar.ipynb #86a99d81
-MIX = {_fact: .32, _question: .09, _code: .14, _list: .05, _narration: .40}
+MIX = {_fact: .34, _question: .10, _code: .12, _list: .04, _narration: .40}
 
 def sentences(world:World):  # yields sentences without end
     "Tell the story of a world, sentence by sentence."
