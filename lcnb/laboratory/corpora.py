@@ -56,7 +56,7 @@ def stories(first:int=HELD_OUT, # number of the first story
     sample = lambda: hashlib.sha256("\n".join(grammar.document(s, 500) for s in range(8)).encode()).hexdigest()[:12]
     return Corpus("grammar:stories", read, sample, endless=True)
 
-# %% ../../nbs/2_laboratory/corpora.ipynb #c5ea898f
+# %% ../../nbs/2_laboratory/corpora.ipynb #8b6ac547
 COLUMNS = ("text", "content", "document", "context")
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 
@@ -68,12 +68,12 @@ def _column(names, wanted, where):
     raise InputError(f"{where}: {need}; it has {', '.join(map(str, names)) or 'none'}" + ("" if wanted else "; name one as file:PATH#column"))
 
 def _text(value, column, where):
-    "`value` if it is a text, None if it is missing or blank."
+    "`value` if it is a text, None if it is missing or blank; half a surrogate pair, which is no character, becomes U+FFFD."
     if value is None: return None
     if not isinstance(value, str): raise InputError(f"{where}: column {column!r} holds {type(value).__name__}, not text")
-    return value if value.strip() else None
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if value.strip() else None
 
-# %% ../../nbs/2_laboratory/corpora.ipynb #a6109ecc
+# %% ../../nbs/2_laboratory/corpora.ipynb #7ca57d8d
 def _read_txt(path, column):
     if column: raise InputError(f"{path}: a .txt file has no columns, so no {column!r}")
     try: text = path.read_bytes().decode("utf-8-sig")
@@ -104,7 +104,7 @@ def _read_parquet(path, column):
     except pa.ArrowInvalid: raise InputError(f"{path}: not a parquet file") from None
     c = _column(file.schema_arrow.names, column, path)
     n = 0
-    for batch in file.iter_batches(batch_size=64, columns=[c]):
+    for batch in file.iter_batches(batch_size=16, columns=[c]):
         for value in batch.column(0).to_pylist():
             yield n, _text(value, c, f"{path}, row {n}")
             n += 1

@@ -54,7 +54,7 @@ def folder_revision(folder:Path, # of a checkpoint
         with open(f, "rb") as stream: h.update(hashlib.file_digest(stream, "sha256").digest())
     return h.hexdigest()[:12]
 
-# %% ../../nbs/2_laboratory/models.ipynb #de6e9e1c
+# %% ../../nbs/2_laboratory/models.ipynb #f7d6eed7
 @dataclass
 class Loaded:
     "A model with what an experiment records about it."
@@ -62,7 +62,7 @@ class Loaded:
     tokenizer:object       # its tokenizer
     name:str               # `tiny`, the hub id, or the name of the folder
     revision:str           # commit, or hash of the weights
-    pretrained_len:int     # tokens; `max_position_embeddings` of the configuration
+    pretrained_len:int     # tokens; `max_position_embeddings` of the configuration, None if it has none
 
     @property
     def bos_id(self)->int: # None where the tokenizer has none
@@ -111,7 +111,7 @@ def _locate(spec):
     looks_like_path = spec == "tiny" or folder.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1
     require(not looks_like_path, "model", spec, f"a hub id or a folder; {folder} is no folder")
 
-# %% ../../nbs/2_laboratory/models.ipynb #f089b1ae
+# %% ../../nbs/2_laboratory/models.ipynb #984a66cf
 def load_model(spec:str,             # `tiny`, a folder or a hub id
                dtype:str="float32",  # of the weights: float32, bfloat16, float16, float64, or auto (as stored)
                device:str="auto",    # auto (the GPU if there is one), cpu, cuda, cuda:N
@@ -136,7 +136,7 @@ def load_model(spec:str,             # `tiny`, a folder or a hub id
     model = model.eval().requires_grad_(False).to(device)
     return Loaded(model, tokenizer, folder.name if folder and spec != "tiny" else spec,
                   folder_revision(folder) if folder else getattr(config, "_commit_hash", None) or revision or "unknown",
-                  config.get_text_config().max_position_embeddings)
+                  getattr(config.get_text_config(), "max_position_embeddings", None))
 
 # %% ../../nbs/2_laboratory/models.ipynb #0bb0add6
 def random_llama(folder:Path,              # is made; receives a Hugging Face checkpoint

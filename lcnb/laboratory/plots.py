@@ -30,7 +30,7 @@ def palette(methods, # names, in any order
     spare = {m: (str(m), SPARE[i % len(SPARE)], "o", "-") for i, m in enumerate(others)}
     return {m: dict(zip(("label", "color", "marker", "linestyle"), STYLES.get(m) or spare[m])) for m in methods}
 
-# %% ../../nbs/2_laboratory/plots.ipynb #54845054
+# %% ../../nbs/2_laboratory/plots.ipynb #cdd05867
 def _axes(ax, size=(6.4, 3.4)):
     "The axes given, or new ones."
     if ax is not None: return ax
@@ -68,10 +68,11 @@ def _trained(ax, pretrained_len):
     "A dashed line at the trained length."
     if pretrained_len: ax.axvline(pretrained_len, color="black", linewidth=.8, linestyle=(0, (4, 3)), zorder=0, label=f"trained length ({_tokens(int(pretrained_len))})")
 
-def _finish(ax, n_labels):
+def _finish(ax, n_labels, legend):
     "Light grid, no box, a legend that hides nothing: beside the axes, but for a single method."
     ax.grid(True, which="major", color="#DDDDDD", linewidth=.6); ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
+    if not legend: return ax
     side = dict(loc="center left", bbox_to_anchor=(1.01, .5)) if n_labels > 1 else {}
     ax.legend(frameon=False, fontsize=8, handlelength=2.4, **side)
     return ax
@@ -86,10 +87,11 @@ def _decades(ax, values):
     ax.yaxis.set_major_locator(LogLocator(subs=subs)); ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if v < 1e5 else f"$10^{{{math.log10(v):.0f}}}$"))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
-# %% ../../nbs/2_laboratory/plots.ipynb #03eca1fb
+# %% ../../nbs/2_laboratory/plots.ipynb #a0ce7324
 def plot_ppl(rows,                    # tidy rows with the metric `ppl`
              ax=None,                 # matplotlib axes; new ones if None
              pretrained_len:int=None, # tokens; draws the trained length
+             legend:bool=True,        # off where a neighbour has the same one
             ):                        # the axes
     "Perplexity by length, a line a method."
     groups, ax = _groups(rows, "ppl"), _axes(ax)
@@ -98,7 +100,7 @@ def plot_ppl(rows,                    # tidy rows with the metric `ppl`
     _decades(ax, [float(r["value"]) for g in groups.values() for r in g])
     _length_axis(ax, [r["length"] for g in groups.values() for r in g], "length of the window (tokens)")
     ax.set_ylabel("perplexity per token")
-    return _finish(ax, len(groups))
+    return _finish(ax, len(groups), legend)
 
 # %% ../../nbs/2_laboratory/plots.ipynb #72338a4a
 def _line(ax, rows, key, style, markers=True, **more):
@@ -110,10 +112,11 @@ def _line(ax, rows, key, style, markers=True, **more):
     ax.plot(x, mean, linewidth=1.5, markersize=5, **{**style, **more})
     if low != high: ax.fill_between(x, low, high, color=style["color"], alpha=.15, linewidth=0)
 
-# %% ../../nbs/2_laboratory/plots.ipynb #9f105928
+# %% ../../nbs/2_laboratory/plots.ipynb #d5f8e02c
 def plot_nll_curve(rows,                    # tidy rows with the metric `nll` and a position
                    ax=None,                 # matplotlib axes; new ones if None
                    pretrained_len:int=None, # tokens; draws the trained length
+                   legend:bool=True,        # off where a neighbour has the same one
                    smooth:int=1,            # neighbouring rows averaged for the eye (a running mean); the rows stay as they are
                   ):                        # the axes
     "NLL by position, a line a method (as LM-Infinite's Figures 3 and 5)."
@@ -126,12 +129,13 @@ def plot_nll_curve(rows,                    # tidy rows with the metric `nll` an
     _trained(ax, pretrained_len)
     ax.set_xlabel("position in the text (tokens)"); ax.set_ylabel("negative log-likelihood (nats per token)")
     ax.set_xlim(left=0); ax.xaxis.set_major_formatter(lambda v, _: f"{int(v):,}")
-    return _finish(ax, len(groups))
+    return _finish(ax, len(groups), legend)
 
-# %% ../../nbs/2_laboratory/plots.ipynb #1877ab62
+# %% ../../nbs/2_laboratory/plots.ipynb #da291378
 def plot_passkey(rows,                    # tidy rows with the metric `accuracy`
                  ax=None,                 # matplotlib axes; new ones if None
                  pretrained_len:int=None, # tokens; draws the trained length
+                 legend:bool=True,        # off where a neighbour has the same one
                 ):                        # the axes
     "Passkey accuracy by length, mean over depths weighted by prompts, a line a method."
     groups, ax = _groups(rows, "accuracy"), _axes(ax)
@@ -143,7 +147,7 @@ def plot_passkey(rows,                    # tidy rows with the metric `accuracy`
     _trained(ax, pretrained_len)
     _length_axis(ax, [r["length"] for g in groups.values() for r in g], "length of the prompt (tokens)")
     ax.set_ylim(0, 1.02); ax.set_ylabel("passkey accuracy (share of prompts)")
-    return _finish(ax, len(groups))
+    return _finish(ax, len(groups), legend)
 
 def plot_passkey_map(rows,        # tidy rows with the metric `accuracy` and a depth, of one method
                      ax=None,     # matplotlib axes; new ones if None

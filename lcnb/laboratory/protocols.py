@@ -15,7 +15,7 @@ from ..foundations.checks import InputError, require, positive_int
 from .metrics import accuracy, mean_nll, perplexity
 from .tasks import passkey
 
-# %% ../../nbs/2_laboratory/protocols.ipynb #0e594a52
+# %% ../../nbs/2_laboratory/protocols.ipynb #e2fcd511
 def last_hidden(model,      # a causal language model
                 ids:Tensor, # int64 `(b, n)`
                )->tuple:    # hidden states `(b, n, d)` or None, and the logits that the model gave at the last position, `(b, v)`
@@ -26,6 +26,11 @@ def last_hidden(model,      # a causal language model
     try: logits = model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
     finally: hook.remove()
     return caught.get("h"), logits
+
+def _agree(a, b):
+    "Equal up to a few roundings of their dtype, relative to the largest entry."
+    size = float(b.abs().nan_to_num(0).max())
+    return torch.allclose(a.float(), b.float(), rtol=0, atol=max(1e-3, 4*torch.finfo(b.dtype).eps)*size, equal_nan=True)
 
 @torch.inference_mode()
 def token_nll(model,              # a causal language model, extended or not
@@ -38,7 +43,7 @@ def token_nll(model,              # a causal language model, extended or not
     ids = ids.to(model.device)
     head, target = model.get_output_embeddings(), ids[:, -keep:]
     h, last = last_hidden(model, ids[:, :-1])
-    same = h is not None and torch.allclose(head(h[:, -1]), last, rtol=1e-3, atol=1e-3*float(last.abs().nan_to_num(0).max()), equal_nan=True)
+    same = h is not None and _agree(head(h[:, -1:])[:, 0], last)
     h = h[:, -keep:] if same else model(ids[:, :-1], use_cache=False).logits[:, -keep:]
     step = max(1, at_once//(model.config.get_text_config().vocab_size*len(ids)))
     parts = [F.cross_entropy((head(x) if same else x).float().transpose(1, 2), t, reduction="none") for x, t in zip(h.split(step, 1), target.split(step, 1))]
