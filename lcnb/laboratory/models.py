@@ -24,7 +24,7 @@ def data_dir()->Path: # `$LCNB_HOME/data`, else the folder `data` beside the pac
     if not path.is_dir(): raise InputError(f"{path}: no such folder; set LCNB_HOME to the folder of the clone, which holds data/")
     return path
 
-# %% ../../nbs/2_laboratory/models.ipynb #535242c5
+# %% ../../nbs/2_laboratory/models.ipynb #8ea9a68d
 def check_rotary(config,   # a Hugging Face configuration
                  spec:str, # the model, as the caller wrote it
                 )->None:
@@ -44,6 +44,7 @@ def check_folder(folder:Path, # of a checkpoint
     "Refuse a folder that is no checkpoint."
     require((folder/"config.json").is_file(), "model", spec, f"a folder with a checkpoint; {folder} has no config.json")
     require(weight_files(folder), "model", spec, f"a folder with weights; {folder} has no *.safetensors")
+    require([*folder.glob("tokenizer*"), *folder.glob("vocab*")], "model", spec, f"a folder with a tokenizer; {folder} has no tokenizer.json")
 
 # %% ../../nbs/2_laboratory/models.ipynb #51f469df
 def folder_revision(folder:Path, # of a checkpoint

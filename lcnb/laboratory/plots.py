@@ -30,7 +30,7 @@ def palette(methods, # names, in any order
     spare = {m: (str(m), SPARE[i % len(SPARE)], "o", "-") for i, m in enumerate(others)}
     return {m: dict(zip(("label", "color", "marker", "linestyle"), STYLES.get(m) or spare[m])) for m in methods}
 
-# %% ../../nbs/2_laboratory/plots.ipynb #cdd05867
+# %% ../../nbs/2_laboratory/plots.ipynb #60572ef3
 def _axes(ax, size=(6.4, 3.4)):
     "The axes given, or new ones."
     if ax is not None: return ax
@@ -83,7 +83,8 @@ def _decades(ax, values):
     good = [v for v in values if math.isfinite(v) and v > 0]
     if not good or max(good)/min(good) < 5: return
     ax.set_yscale("log")
-    subs = (1, 2, 5) if max(good)/min(good) < 2000 else (1,)
+    span = max(good)/min(good)
+    subs = (1, 1.5, 2, 3, 5, 7) if span < 30 else (1, 2, 5) if span < 2000 else (1,)
     ax.yaxis.set_major_locator(LogLocator(subs=subs)); ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if v < 1e5 else f"$10^{{{math.log10(v):.0f}}}$"))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
