@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['show_number', 'length_rows', 'stretch_table', 'tables', 'provenance', 'gather', 'write_report']
 
-# %% ../../nbs/7_reproduction/report.ipynb #89423b9a
-import base64, math, os
+# %% ../../nbs/7_reproduction/report.ipynb #40308c0f
+import base64, math, os, re
 from collections import Counter
 from pathlib import Path
 
@@ -103,11 +103,21 @@ def provenance(run:dict, # a run.json
            ("parameters", ", ".join(f"{k}={v}" for k,v in run["params"].items() if v is not None))]
     return out + [(k.replace("_", " "), v) for k,v in run["resolved"].items() if k!="plans"]
 
-# %% ../../nbs/7_reproduction/report.ipynb #713dc647
+# %% ../../nbs/7_reproduction/report.ipynb #6d874c4f
+def _code(text): # escaped text with `names` as code
+    from markupsafe import Markup, escape
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+def _picture(path): # (base64, width in CSS pixels) of a PNG; its width stands in bytes 16 to 19
+    if not path.exists(): return None, 0
+    png = path.read_bytes()
+    return base64.b64encode(png).decode(), int.from_bytes(png[16:20], "big")*96//160
+
+# %% ../../nbs/7_reproduction/report.ipynb #323c7633
 def _result_card(id, profile, result, notes, said): # one artifact at one profile
-    picture, beside = result.folder/"figure.png", notes.get("beside", {}).get(id, {})
+    (picture, width), beside = _picture(result.folder/"figure.png"), notes.get("beside", {}).get(id, {})
     return dict(profile=profile, run=result.run, notes=result.run["notes"], words=beside.get("words"), provenance=provenance(result.run),
-                picture=base64.b64encode(picture.read_bytes()).decode() if picture.exists() else None,
+                picture=picture, width=width,
                 tables=tables(result, beside | dict(paper=id.split("/")[0])), all_rows=result.rows if len(result.rows)<=400 else None,
                 claims=[dict(claim=c, verdict=check_claim(c, result)) for c in said])
 
@@ -139,7 +149,7 @@ def _summary(papers, shown): # one sentence
     return (f"{run} of {every} artifacts have results. Of the checks of scope any, {told['holds']} hold and {told['does not hold']} do not"
             + (f"; {told['not run']} could not be run" if told["not run"] else "") + ".")
 
-# %% ../../nbs/7_reproduction/report.ipynb #907d0924
+# %% ../../nbs/7_reproduction/report.ipynb #69451c20
 def write_report(out=None,     # file; default figures/report.html in the checkout
                  figures=None, # folder with one folder a profile; default `figures` of the checkout
                 )->Path:       # the file
@@ -148,6 +158,7 @@ def write_report(out=None,     # file; default figures/report.html in the checko
     out = Path(out or home()/"figures"/"report.html").expanduser().absolute()
     require(not out.is_dir(), "out", str(out), "a file, not a folder")
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(home()/"data"/"report"), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    env.filters["code"] = _code
     page = env.get_template("report.html.j2").render(gather(figures))
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp = out.with_name(f".{out.name}.{os.getpid()}")
