@@ -227,7 +227,7 @@ def encode(tokenizer,           # of Hugging Face
         n_chars *= 2
     return ids(text)[:max_tokens]
 
-# %% ../../nbs/2_laboratory/corpora.ipynb #36d842e4
+# %% ../../nbs/2_laboratory/corpora.ipynb #849a7845
 def token_windows(corpus:Corpus,       # from `load_corpus`
                   tokenizer,           # of Hugging Face
                   length:int,          # tokens of a window
@@ -240,16 +240,15 @@ def token_windows(corpus:Corpus,       # from `load_corpus`
     least = length if min_tokens is None else positive_int("min_tokens", min_tokens)
     require(least <= length, "min_tokens", min_tokens, f"at most the length {length}")
     if corpus.endless: return [_story_tokens(tokenizer, length, i + seed*1_000_003) for i in range(n_docs)]
-    long, longest, n_read = [], 0, 0
+    long, seen, short = [], [0], ""
     for doc in corpus:
-        n_read += 1
         if len(doc.text.encode()) + 1 >= least:  # a token is at least a byte, but for one that a tokenizer may put in front
             ids = torch.tensor(encode(tokenizer, doc.text), dtype=torch.int32)
-            longest = max(longest, len(ids))
+            seen.append(len(ids))
             if len(ids) >= least: long.append(ids)
+        else: short = max(short, doc.text, key=len)
         if len(long) == n_docs: break
-    if not long: raise InputError(f"length={least}: no document of {corpus.spec} has as many tokens"
-                                  + (f"; the longest of {n_read} has {longest}" if longest else f" ({n_read} documents)"))
+    if not long: raise InputError(f"length={least}: more than any document of {corpus.spec} has; the longest has {max(*seen, len(encode(tokenizer, short)))} tokens")
     return _cut(long, length, n_docs, random.Random(f"windows {seed}"), corpus.spec)
 
 # %% ../../nbs/2_laboratory/corpora.ipynb #4bedce88
