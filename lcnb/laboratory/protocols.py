@@ -137,7 +137,7 @@ def eval_last_ppl(model,                  # a causal language model, extended or
         rows += _ppl_rows(nlls, list(range(len(docs))), length, columns, per_doc)
     return rows
 
-# %% ../../nbs/2_laboratory/protocols.ipynb #f1e544b0
+# %% ../../nbs/2_laboratory/protocols.ipynb #5ce23825
 def eval_nll_curve(model,                  # a causal language model, extended or not
                    docs_ids:list,          # int64 vectors; they may differ in length
                    bin_size:int=1,         # positions averaged into one row
@@ -145,7 +145,7 @@ def eval_nll_curve(model,                  # a causal language model, extended o
                    batch_tokens:int=8192,  # tokens that go through the model at once
                    columns:dict=None,      # constant columns of the rows
                   )->list:                 # rows, metric `nll` in nats; `position` = middle of the bin; n = tokens in it
-    "NLL by position (LM-Infinite, sec. 4.1). Scored: every token of each text but its first, given the whole text before it."
+    "NLL by position (LM-Infinite, Figures 3 to 5). Scored: every token of each text but its first, given the whole text before it."
     docs, _ = _check_docs(model, docs_ids, [2])
     positive_int("bin_size", bin_size)
     nlls = _scored(model, docs, [len(d)-1 for d in docs], bos_id, batch_tokens)
@@ -171,7 +171,7 @@ def forced_hits(model,        # a causal language model, extended or not
     best = model(ids.to(model.device), use_cache=False, logits_to_keep=most).logits[:, -most:].argmax(-1).cpu()
     return [torch.equal(b[:len(a)], a) for b, a in zip(best, answers)]
 
-# %% ../../nbs/2_laboratory/protocols.ipynb #c55eec72
+# %% ../../nbs/2_laboratory/protocols.ipynb #74f20110
 def eval_passkey(model,                  # a causal language model, extended or not
                  tokenizer,              # its tokenizer
                  lengths:list,           # tokens of a prompt
@@ -182,7 +182,7 @@ def eval_passkey(model,                  # a causal language model, extended or 
                  batch_tokens:int=8192,  # tokens that go through the model at once
                  columns:dict=None,      # constant columns of the rows
                 )->list:                 # rows, metric `accuracy`, by length and depth; n = prompts
-    "Passkey retrieval (DCA sec. 4.2.2, LM-Infinite sec. 4.3). Scored: all five digits right in greedy decoding."
+    "Passkey retrieval (DCA, sec. 4.2 and app. A.1; LM-Infinite, Table 2). Scored: all five digits right in greedy decoding."
     lengths = [positive_int("length", n) for n in lengths]
     positive_int("n_depths", n_depths), positive_int("n_samples", n_samples), positive_int("seed", seed, 0)
     depths = [i/(n_depths-1) for i in range(n_depths)] if n_depths > 1 else [.5]

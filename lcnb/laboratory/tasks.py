@@ -64,14 +64,14 @@ def _filler(tokenizer, filler, room, seed):
         ends.append(len(ids))
     return ids[::-1], sorted(room - e for e in ends)
 
-# %% ../../nbs/2_laboratory/tasks.ipynb #7190cef0
+# %% ../../nbs/2_laboratory/tasks.ipynb #83f29f19
 def passkey(tokenizer,           # of Hugging Face
             length:int,          # tokens of the prompt, begin token and question included
             depth:float=None,    # where the statement stands, 0 to 1; None draws it uniformly
             seed:int=0,          # of the key, the story and a depth that is drawn
             filler:str="paper",  # `paper` or `stories`
            )->PasskeySample:
-    "A passkey prompt of exactly `length` tokens (LM-Infinite sec. 4.3, DCA sec. 4.2.2)."
+    "A passkey prompt of exactly `length` tokens (DCA, app. A.1; LM-Infinite, Table 2)."
     positive_int("length", length), positive_int("seed", seed, 0)
     require(filler in FILLERS, "filler", filler, f"one of {', '.join(FILLERS)}")
     rng = random.Random(f"passkey {seed}")
