@@ -11,7 +11,7 @@ from lcnb.methods import METHODS, make_plan
 # Differences of two orders of summation. float64: rounding of values of order 1. float32: a few units in the last place,
 # the longest sums here have 300 terms. bfloat16: 8 bits in the probabilities and in the output, values up to about 4.
 ATOL = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-2}
-CASES = 480
+CASES = 1008
 
 
 def random_plan(g, n):
@@ -25,7 +25,8 @@ def random_plan(g, n):
     name = g.choice([m for m in METHODS if c >= 8 or not m.startswith("dca")])
     options = dict(n_start=g.choice([0, 1, 4, 10]), top_k=g.choice([1, 5]), inclusive=g.random() < .3) if "infinite" in name or "only" in name else {}
     if name == "ceiling_only": options["n_start"] = max(1, options["n_start"])
-    if name in ("lm_infinite", "window"): options["window"] = g.choice([1, 2, c, c+1])
+    if name == "self_extend": options = dict(log_base=g.choice([None, 8]))
+    if name in ("lm_infinite", "window", "streaming"): options["window"] = g.choice([1, 2, c, c+1])
     if name.startswith("dca") and name != "dca_official_code":
         s = g.randrange(1, c)
         options = dict(chunk_size=s, local_window=g.randrange(1, c-s+1))
@@ -50,6 +51,7 @@ def random_case(seed):
         if kind == "holes": mask = torch.rand(b, m, generator=t) < .7
         if kind == "empty": mask[0] = False
     kw = dict(layer=g.randrange(0, 3), scale=g.choice([None, .3]), mask=mask)
+    if g.random() < .1: kw["slopes"] = torch.rand(hk*groups, generator=t)
     return random_plan(g, m), q, k, v, kw, g.choice([None, None, "math", "flex"]), g.choice([rope(d), rope(d, 500., partial=.5), rope(d, interleaved=True)]), g.random() < .5
 
 
@@ -59,7 +61,7 @@ def test_fast_equals_dense(block):
         plan, q, k, v, kw, backend, f, rotated = random_case(seed)
         if plan.branches[-1].top_k and q.dtype != torch.float64: q, k, v = q.double(), k.double(), v.double()  # a near tie in rounded logits picks another key
         want = attend_dense(plan, q.double(), k.double(), v.double(), f, **kw)
-        if rotated and plan.scaling is None:                                       # keys and queries as a cache holds them
+        if rotated and plan.scaling is None and "slopes" not in kw:                                       # keys and queries as a cache holds them
             pos = torch.arange(k.shape[2]).expand(k.shape[0], -1) if kw["mask"] is None else (kw["mask"].cumsum(1)-1).clamp(min=0)
             pos = plan.branches[0].k_pos(pos)[:, None]
             turned = f(q.double(), pos[..., k.shape[2]-q.shape[2]:]), f(k.double(), pos)

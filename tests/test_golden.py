@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import GOLDEN, golden_cases, golden_model
-from lcnb.methods import dca_preset, extend, lm_infinite
+from lcnb.methods import dca_preset, extend, lm_infinite, self_extend
 
 ATOL = 1e-4       # both sides are float32; the official side differs from float64 by up to 5e-5 (manifests)
 ATOL_RAW = 6e-2   # "released_raw" cases: the released merge rounds its weights to bfloat16, which ours does not copy
@@ -55,10 +55,17 @@ def test_dca(name, case):
         assert new[0, 96:].tolist() == tokens
 
 
-@pytest.mark.parametrize("name, case", [c for c in golden_cases("lm_infinite") if not c[1]["top_k"]])
+@pytest.mark.parametrize("name, case", golden_cases("lm_infinite"))
 def test_lm_infinite(name, case):
     assert case["limit_distance"] == case["local_branch"]
-    check("lm_infinite", case, lm_infinite(case["local_branch"], case["global_branch"]), ATOL)
+    top = {} if not case["top_k"] else dict(top_k=case["top_k"], top_k_from_layer=case["top_k_from_layer"], top_k_distance=case["top_k_insert_at"], top_k_rule="official_code")
+    check("lm_infinite", case, lm_infinite(case["local_branch"], case["global_branch"], **top), ATOL)
+
+
+@pytest.mark.parametrize("name, case", golden_cases("selfextend"))
+def test_self_extend(name, case):
+    base = None if case["scale_base"] < 0 else case["scale_base"]
+    check("selfextend", case, self_extend(case["neighbor_window"], case["group_size"], base), 2e-4)   # the manifest's tolerance
 
 
 def test_a_wrong_matrix_is_noticed():

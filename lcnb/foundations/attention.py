@@ -31,7 +31,7 @@ def nowhere(p:Tensor # positions
     "Position 0 for all: a key that is not rotated."
     return torch.zeros_like(p)
 
-# %% ../../nbs/1_foundations/attention.ipynb #a5f8dd61
+# %% ../../nbs/1_foundations/attention.ipynb #32036f46
 @dataclass(frozen=True, eq=False)
 class Branch:
     "One way in which a query reads a contiguous range of keys."
@@ -41,6 +41,7 @@ class Branch:
     k_pos:Callable = same                 # `j (m,)` -> position of the key
     top_k:int = 0                         # 0: all of the range; else only the k keys of largest logit, per query and head
     from_layer:int = 0                    # first layer (0-based) that has this branch
+    only_last:bool = False                # only the last query of a forward pass has it (with top_k)
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -49,6 +50,7 @@ class Plan:
     branches:tuple[Branch, ...]           # the first one fixes how cached keys are rotated
     scaling:Scaling|None = None           # change of the model's frequencies
     temperature:Callable|None = None      # length -> factor on q and on k (squared in the logit)
+    q_scale:Callable|None = None          # `i (n,)` -> factor on the query at that position
     params:dict = field(default_factory=dict) # the method's own parameters, for labels and records
 
     def __repr__(self): return f"Plan({self.name}: {', '.join(f'{k}={v}' for k, v in self.params.items())})"
@@ -109,7 +111,7 @@ def frequencies(plan:Plan, # any
     if plan.scaling: rope = plan.scaling(rope, length)
     return replace(rope, factor=rope.factor*plan.temperature(length)) if plan.temperature else rope
 
-# %% ../../nbs/1_foundations/attention.ipynb #4dfb3bed
+# %% ../../nbs/1_foundations/attention.ipynb #398c80c5
 def _keep_top(logits:Tensor, # `(h,n,m)`, -inf where hidden
               k:int,         # how many to keep
              )->Tensor:      # `(h,n,m)` bool
@@ -117,22 +119,25 @@ def _keep_top(logits:Tensor, # `(h,n,m)`, -inf where hidden
     best = logits.topk(min(k, logits.shape[-1]), dim=-1).indices
     return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True) & (logits > -math.inf)
 
-def _dense_one(plan, q, k, v, rope, scale, layer):
+def _dense_one(plan, q, k, v, rope, scale, layer, slopes):
     "`attend_dense` of one sequence: q `(h,n,d)` are the last n of the m positions of k `(h,m,d)`."
     n, m = q.shape[1], k.shape[1]
     j = torch.arange(m, device=q.device)
     i = j[m-n:]
     f = frequencies(plan, rope, m)
+    if plan.q_scale: q = q * plan.q_scale(i).to(q)[:, None]
     logits = torch.full((q.shape[0], n, m), -math.inf, dtype=q.dtype, device=q.device)
     for b in plan.at(layer):
         lo, hi = b.keys(i)
         see = (j >= lo[:, None]) & (j < hi[:, None])
         s = f(q, b.q_pos(i)) @ f(k, b.k_pos(j)).transpose(-1, -2) * scale
+        if slopes is not None: s = s - slopes.to(s)[:, None, None] * (b.q_pos(i)[:, None] - b.k_pos(j))
+        if b.only_last: see = see & (i == m-1)[:, None]
         see = see & _keep_top(s.masked_fill(~see, -math.inf), b.top_k) if b.top_k else see.expand_as(s)
         logits = torch.where(see, s, logits)
     return logits.softmax(-1).nan_to_num(0) @ v
 
-# %% ../../nbs/1_foundations/attention.ipynb #e73b8247
+# %% ../../nbs/1_foundations/attention.ipynb #ffd1cf19
 def attend_dense(plan:Plan,  # any
                  q:Tensor,   # `(b,h,n,d)` unrotated queries, the last n positions
                  k:Tensor,   # `(b,hk,m,d)` unrotated keys, m >= n, hk divides h
@@ -141,6 +146,7 @@ def attend_dense(plan:Plan,  # any
                  scale:float|None=None,  # on the logits; None = d**-0.5
                  mask:Tensor|None=None,  # `(b,m)` True at real tokens, padding on any side
                  layer:int=0,            # 0-based, for branches that begin at a layer
+                 slopes:Tensor|None=None,# `(h,)` ALiBi: the logit loses slope times relative position
                 )->Tensor:               # `(b,h,n,dv)`, zero at padded queries
     "Attention under a plan, by its definition (DCA eq. 9): O(n*m) memory, any dtype."
     (b, h, n, d), m = q.shape, k.shape[2]
@@ -149,7 +155,7 @@ def attend_dense(plan:Plan,  # any
     for r in range(b):
         real = torch.arange(m, device=q.device) if mask is None else mask[r].nonzero()[:, 0]
         rows = real[real >= m-n]
-        o = _dense_one(plan, q[r][:, rows-(m-n)], k[r][:, real], v[r][:, real], rope, scale or d**-.5, layer)
+        o = _dense_one(plan, q[r][:, rows-(m-n)], k[r][:, real], v[r][:, real], rope, scale or d**-.5, layer, slopes)
         out[r] = out[r].index_copy(1, rows-(m-n), o)
     return out
 
@@ -435,39 +441,37 @@ def _add_pieces(into, x, start, size, count, step):
         part = x[:, :, p::phases]
         _pieces(into, start + p*step, size, part.shape[2], step*phases).add_(part)
 
-# %% ../../nbs/1_foundations/attention.ipynb #4b4c8e1a
+# %% ../../nbs/1_foundations/attention.ipynb #06131077
 class _Tiled(torch.autograd.Function):
     "All tiles of all branches: forward merges (out, lse) in place, backward adds the tiles' gradients."
     @staticmethod
-    def forward(ctx, parts, kernel, scale, v, *qk):
-        b, h, n = qk[0].shape[:3]
+    def forward(ctx, parts, kernel, scale, *qkv):
+        (b, h, n), v = qkv[0].shape[:3], qkv[2]
         acc = torch.float64 if v.dtype == torch.float64 else torch.float32
         out = torch.zeros(b, h, n, v.shape[-1], dtype=acc, device=v.device)
         lse = torch.full((b, h, n), -math.inf, dtype=acc, device=v.device)
-        for (lo, _, ts), q, k in zip(parts, qk[::2], qk[1::2]):
+        for (lo, _, ts), q, k, v in zip(parts, qkv[::3], qkv[1::3], qkv[2::3]):
             for t in ts:
-                o, l = kernel.forward(_cut(q, t.q0, t.rows, t.count, t.q_step), _cut(k, t.k0-lo, t.cols, t.count, t.k_step),
-                                      _cut(v, t.k0, t.cols, t.count, t.k_step), t, scale)
+                keys = (t.k0-lo, t.cols, t.count, t.k_step)
+                o, l = kernel.forward(_cut(q, t.q0, t.rows, t.count, t.q_step), _cut(k, *keys), _cut(v, *keys), t, scale)
                 _merge_into(out, lse, o, l.to(acc), t)
         ctx.parts, ctx.kernel, ctx.scale = parts, kernel, scale
         out = out.to(v.dtype)
-        ctx.save_for_backward(v, out, lse, *qk)
+        ctx.save_for_backward(out, lse, *qkv)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx, go, _):
-        v, out, lse, *qk = ctx.saved_tensors
-        dv, dqk = torch.zeros_like(v), [torch.zeros_like(x) for x in qk]
-        go = go.to(v.dtype)
-        for (lo, _, ts), q, k, dq, dk in zip(ctx.parts, qk[::2], qk[1::2], dqk[::2], dqk[1::2]):
+        out, lse, *qkv = ctx.saved_tensors
+        grads = [torch.zeros_like(x) for x in qkv]
+        go = go.to(out.dtype)
+        for (lo, _, ts), q, k, v, *into in zip(ctx.parts, qkv[::3], qkv[1::3], qkv[2::3], grads[::3], grads[1::3], grads[2::3]):
             for t in ts:
                 rows, keys = (t.q0, t.rows, t.count, t.q_step), (t.k0-lo, t.cols, t.count, t.k_step)
-                values = (t.k0, *keys[1:])
-                g = ctx.kernel.backward(_cut(go, *rows), _cut(q, *rows), _cut(k, *keys), _cut(v, *values),
-                                        _cut(out, *rows), _cut(lse, *rows), t, ctx.scale)
-                for into, x, where in zip((dq, dk, dv), g, (rows, keys, values)): _add_pieces(into, x, *where)
-        return None, None, None, dv, *dqk
+                g = ctx.kernel.backward(_cut(go, *rows), _cut(q, *rows), _cut(k, *keys), _cut(v, *keys), _cut(out, *rows), _cut(lse, *rows), t, ctx.scale)
+                for x, y, where in zip(into, g, (rows, keys, keys)): _add_pieces(x, y, *where)
+        return None, None, None, *grads
 
 def _merge_into(out, lse, o, l, t):
     "Merge one tile's result into the running output, in place (`merge`, without its copies)."
@@ -493,66 +497,116 @@ def _turn(x, pos, base, rope, rotated, memo, key):
     f = 1. if rotated else rope.factor
     return rotate(x, *((c*f for c in tables) if f != 1. else tables), rope.interleaved)
 
-# %% ../../nbs/1_foundations/attention.ipynb #286c9c65
-def _attend_one(plan, q, k, v, rope, scale, layer, rotated, backend, memo):
+# %% ../../nbs/1_foundations/attention.ipynb #3352a285
+def _there(t, lo, hi, gap):
+    "Keys lo..hi-1 of a tensor in which `gap = (first, size)` keys are missing."
+    first, size = gap
+    require(hi <= first or lo >= first+size, "keys", (lo, hi), f"outside the forgotten range {first} to {first+size-1}")
+    shift = 0 if hi <= first else size
+    return t[:, :, lo-shift:hi-shift]
+
+def _attend_one(plan, q, k, v, rope, scale, layer, rotated, backend, memo, slopes=None, gap=(0, 0)):
     "`attend` where all sequences of the batch have the same length; returns (out, lse)."
-    (b, h, n, d), m = q.shape, k.shape[2]
+    n, m = q.shape[2], k.shape[2] + gap[1]
     start, kernel, branches = m-n, _kernel(q, backend), plan.at(layer)
     parts = tiles(branches, start, n, kernel.native_band)
-    f, i = frequencies(plan, rope, m), torch.arange(start, m)
-    base, qk, picks = plan.branches[0].k_pos, [], []
+    f, i, base = frequencies(plan, rope, m), torch.arange(start, m), plan.branches[0].k_pos
+    if plan.q_scale: q = q * plan.q_scale(i).to(q)[:, None]
+    qkv = []
     for x, (lo, hi, _) in zip(branches, parts):
-        if hi <= lo: qk += [q, k[:, :, :0]]; continue
+        if hi <= lo: qkv.append((q, k[:, :, :0], v[:, :, :0])); continue
         j = torch.arange(lo, hi)
-        qk.append(_turn(q, x.q_pos(i), base(i), f, rotated, memo, (x, "q", start, m)))
-        qk.append(_turn(k[:, :, lo:hi], x.k_pos(j), base(j), f, rotated, memo, (x, "k", lo, hi, m)))
-        if x.top_k: picks.append((x, lo, *qk[-2:]))
-    out, lse = _Tiled.apply(parts, kernel, scale, v, *qk)
-    for x, lo, qx, kx in picks: out, lse = merge(out, lse, *_attend_top(x, lo, qx, kx, v, scale, i))
+        qkv.append((_turn(q, x.q_pos(i), base(i), f, rotated, memo, (x, "q", start, m)),
+                    _turn(_there(k, lo, hi, gap), x.k_pos(j), base(j), f, rotated, memo, (x, "k", lo, hi, m)), _there(v, lo, hi, gap)))
+    if slopes is not None: return _attend_biased(branches, parts, qkv, scale, slopes, i)
+    out, lse = _Tiled.apply(parts, kernel, scale, *(t for x in qkv for t in x))
+    for x, (lo, hi, _), (qx, kx, vx) in zip(branches, parts, qkv):
+        if x.top_k and hi > lo: out, lse = merge(out, lse, *_attend_top(x, lo, qx, kx, vx, scale, i))
     return out.to(q.dtype), lse
 
-# %% ../../nbs/1_foundations/attention.ipynb #bc0e31e2
+# %% ../../nbs/1_foundations/attention.ipynb #ade4c81e
 def _attend_top(branch, lo0, q, k, v, scale, i, budget=2**24):
-    "(out, lse) over the k best keys of each query and head; k are the keys from lo0 on."
+    "(out, lse) over the k best keys of each query and head; k and v are the keys from lo0 on."
     require(not (torch.is_grad_enabled() and q.requires_grad), "top_k", branch.top_k, "0 where gradients are needed (use attend_dense)")
     (b, h, n, d), m = q.shape, k.shape[2]
     lo, hi = (t.to(q.device)-lo0 for t in branch.keys(i))
     j, size = torch.arange(m, device=q.device), max(1, budget//(b*h*m))
     out, lse = q.new_zeros(b, h, n, v.shape[-1]), torch.full((b, h, n), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    for r in range(0, n, size):
+    for r in range(n-1 if branch.only_last else 0, n, size):
         rows = slice(r, min(r+size, n))
         s = (_groups(q[:, :, rows], k) @ k[:, :, None].transpose(-1, -2) * scale).to(lse.dtype)
         s = s.masked_fill((j < lo[rows, None]) | (j >= hi[rows, None]), -math.inf)
         best, where = s.topk(min(branch.top_k, m), -1)                      # (b,hk,g,rows,top)
         l = best.logsumexp(-1)
         p = (best - l[..., None]).exp().nan_to_num(0)
-        V = v[:, :, None, None, lo0:lo0+m].expand(*where.shape[:3], 1, -1, -1).squeeze(3)
+        V = v[:, :, None].expand(*where.shape[:3], -1, -1)
         picked = V.gather(3, where.flatten(3)[..., None].expand(*where.shape[:3], -1, v.shape[-1])).unflatten(3, where.shape[3:])
         out[:, :, rows] = (p[..., None].to(v.dtype) * picked).sum(-2).flatten(1, 2)
         lse[:, :, rows] = l.flatten(1, 2)
     return out, lse
 
-# %% ../../nbs/1_foundations/attention.ipynb #92770fd0
-def _attend_rows(plan, q, k, v, rope, scale, layer, rotated, backend, memo, mask):
-    "`attend` for a batch with padding: each sequence by itself."
-    n, m, outs, lses = q.shape[2], k.shape[2], [], []
-    acc = torch.promote_types(q.dtype, torch.float32)
-    for r, real in enumerate(mask):
-        keys = real.nonzero()[:, 0]
-        rows = keys[keys >= m-n] - (m-n)
+# %% ../../nbs/1_foundations/attention.ipynb #d6357610
+def _attend_biased(branches, parts, qkv, scale, slopes, i, budget=2**24):
+    "(out, lse) with the ALiBi bias `-slope * (q_pos - k_pos)`, blocks of queries at a time."
+    q, _, v = qkv[0]
+    (b, h, n, _), acc = q.shape, torch.promote_types(q.dtype, torch.float32)
+    out, lse = q.new_zeros(b, h, n, v.shape[-1], dtype=acc), torch.full((b, h, n), -math.inf, dtype=acc, device=q.device)
+    for x, (lo, hi, _), (qx, kx, vx) in zip(branches, parts, qkv):
+        (L, H), q_pos, k_pos, blocks = x.keys(i), x.q_pos(i), x.k_pos(torch.arange(lo, hi)), []
+        size = max(1, budget//max(1, b*h*min(hi-lo, int((H-L).max())+512)))
+        for r in range(0, n, size):
+            rows = slice(r, min(r+size, n))
+            seen = H[rows] > L[rows]
+            c = slice(int(L[rows][seen].min())-lo, int(H[rows][seen].max())-lo) if seen.any() else slice(0, 0)
+            j = torch.arange(lo, hi)[c]
+            see = (j >= L[rows, None]) & (j < H[rows, None]) & ((i[rows] == i[-1])[:, None] | (not x.only_last))
+            s = (_groups(qx[:, :, rows], kx) @ kx[:, :, None, c].transpose(-1, -2)).flatten(1, 2).to(acc) * scale
+            s = s - slopes.to(s)[:, None, None] * (q_pos[rows, None] - k_pos[c]).to(s)
+            s = s.masked_fill(~see.to(s.device), -math.inf)
+            if x.top_k: s = s.masked_fill(~_keep_top(s, x.top_k), -math.inf)
+            l = s.logsumexp(-1) if s.shape[-1] else s.new_full(s.shape[:-1], -math.inf)
+            p = (s - l[..., None]).exp().nan_to_num(0)
+            blocks.append(((_groups(p, kx) @ vx[:, :, None, c].to(acc)).flatten(1, 2), l))
+        out, lse = merge(out, lse, *(torch.cat(t, 2) for t in zip(*blocks)))
+    return out.to(q.dtype), lse
+
+# %% ../../nbs/1_foundations/attention.ipynb #fcbf97d9
+def _gap(index:Tensor, # `(m,)` positions of the keys that are there, increasing
+        )->tuple[int, int]: # first missing, how many are missing
+    "The one stretch of positions that is missing."
+    size = int(index[-1])+1-len(index) if len(index) else 0
+    return (int((index == torch.arange(len(index), device=index.device)).sum()), size) if size else (0, 0)
+
+def _layout(index, n, memo):
+    "Per row: which keys are there, which queries, and the gap; worked out once per forward pass."
+    key = ("layout", n)
+    if memo is not None and key in memo: return memo[key]
+    rows = []
+    for r in index:
+        keys = (r >= 0).nonzero()[:, 0]
+        rows.append((keys, keys[keys >= len(r)-n]-(len(r)-n), _gap(r[keys])))
+    if memo is not None: memo[key] = rows
+    return rows
+
+# %% ../../nbs/1_foundations/attention.ipynb #726dd647
+def _attend_rows(plan, q, k, v, rope, scale, layer, rotated, backend, memo, slopes, index):
+    "`attend` for a batch whose rows differ: each sequence by itself."
+    n, acc, outs, lses = q.shape[2], torch.promote_types(q.dtype, torch.float32), [], []
+    for r, (keys, rows, gap) in enumerate(_layout(index, n, memo)):
         o, l = q.new_zeros(q.shape[1], n, v.shape[-1]), torch.full((q.shape[1], n), -math.inf, dtype=acc, device=q.device)
         if len(rows):
-            one = _attend_one(plan, q[r:r+1, :, rows], k[r:r+1, :, keys], v[r:r+1, :, keys], rope, scale, layer, rotated, backend, memo)
+            one = _attend_one(plan, q[r:r+1, :, rows], k[r:r+1, :, keys], v[r:r+1, :, keys], rope, scale, layer, rotated, backend, memo, slopes, gap)
             o, l = o.index_copy(1, rows, one[0][0]), l.index_copy(1, rows, one[1][0])
         outs.append(o); lses.append(l)
     return torch.stack(outs), torch.stack(lses)
 
-# %% ../../nbs/1_foundations/attention.ipynb #e6de86c4
-def _attend_step(plan, q, k, v, rope, scale, layer, rotated, backend, memo, mask):
-    "`attend` of one query per sequence, `mask` `(b,m)` with padding."
-    kernel, index = _kernel(q, backend), (mask.cumsum(1)-1).cpu()           # logical position of each key
-    i, base, real = index[:, -1:], plan.branches[0].k_pos, mask.cpu()
-    f = frequencies(plan, rope, k.shape[2])
+# %% ../../nbs/1_foundations/attention.ipynb #1d73c6fc
+def _attend_step(plan, q, k, v, rope, scale, layer, rotated, backend, memo, index):
+    "`attend` of one query per sequence, `index` `(b,m)`."
+    kernel, index = _kernel(q, backend), index.cpu()
+    i, base, real, m = index[:, -1:], plan.branches[0].k_pos, index >= 0, k.shape[2]
+    f = frequencies(plan, rope, m)
+    if plan.q_scale: q = q * plan.q_scale(i).to(q)[:, None, :, None]
     out, lse = q.new_zeros(*q.shape[:3], v.shape[-1]), torch.full(q.shape[:3], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for x in plan.at(layer):
         lo, hi = x.keys(i)
@@ -562,13 +616,13 @@ def _attend_step(plan, q, k, v, rope, scale, layer, rotated, backend, memo, mask
         c = slice(int(cols[0]), int(cols[-1])+1)
         j = index[:, c].clamp(min=0)
         bias = q.new_zeros(see[:, None, None, c].shape).masked_fill(~see[:, None, None, c].to(q.device), -math.inf)
-        qx = _turn(q, x.q_pos(i), base(i), f, rotated, memo, (x, "step q", k.shape[2]))
-        kx = _turn(k[:, :, c], x.k_pos(j), base(j), f, rotated, memo, (x, "step k", k.shape[2]))
+        qx = _turn(q, x.q_pos(i), base(i), f, rotated, memo, (x, "step q", m))
+        kx = _turn(k[:, :, c], x.k_pos(j), base(j), f, rotated, memo, (x, "step k", m))
         o, l = kernel.forward(qx, kx, v[:, :, c], Tile("full", 1, c.stop-c.start, 0, 0), scale, bias)
         out, lse = merge(out, lse, o, l.to(lse.dtype))
     return (out*real[:, None, -1:, None].to(q.device)).to(q.dtype), lse
 
-# %% ../../nbs/1_foundations/attention.ipynb #e79fe0ae
+# %% ../../nbs/1_foundations/attention.ipynb #536ebb74
 def attend(plan:Plan,  # any
            q:Tensor,   # `(b,h,n,d)` queries, the last n positions
            k:Tensor,   # `(b,hk,m,d)` keys, m >= n, hk divides h (never copied)
@@ -580,6 +634,8 @@ def attend(plan:Plan,  # any
            rotated:bool=False,       # q and k come rotated to the first branch's `k_pos` (as a model's cache holds them)
            backend:str|None=None,    # a key of `backends()`; None = the fastest usable
            memo:dict|None=None,      # shared tables of one forward pass
+           slopes:Tensor|None=None,  # `(h,)` ALiBi: the logit loses slope times relative position
+           index:Tensor|None=None,   # instead of `mask`: position of each key in its sequence, `(m,)` or `(b,m)`, -1 = none; increasing, one gap
            return_lse:bool=False,    # also return the log-sum-exp, `(b,h,n)`
           ):                         # `(b,h,n,dv)`, zero at padded queries
     "Attention under a plan, exactly, without an (n,m) matrix (DCA sec. 3, LM-Infinite sec. 4). Equal to `attend_dense`."
@@ -587,12 +643,14 @@ def attend(plan:Plan,  # any
     require(n <= m, "q", tuple(q.shape), f"of at most {m} positions, the number of keys")
     require(h % hk == 0, "q", tuple(q.shape), f"of a number of heads that {hk}, the number of key heads, divides")
     require(mask is None or mask.shape == (b, m), "mask", None if mask is None else tuple(mask.shape), f"of shape {(b, m)}")
-    mask = None if mask is None or mask.all() else mask.bool()
+    require(index is None or index.shape in ((m,), (b, m)), "index", None if index is None else tuple(index.shape), f"of shape {(m,)} or {(b, m)}")
+    if index is None and mask is not None and not mask.all(): index = torch.where(mask.bool(), mask.long().cumsum(1)-1, -1)
     args = (plan, q, k, v, rope, scale or d**-.5, layer, rotated, backend, memo)
     if n == 0 or b == 0: out = q.new_zeros(b, h, n, v.shape[-1]), q.new_zeros(b, h, n)
-    elif mask is None: out = _attend_one(*args)
-    elif n == 1 and not _needs_own_row(plan, q): out = _attend_step(*args, mask)
-    else: out = _attend_rows(*args, mask)
+    elif index is None: out = _attend_one(*args, slopes)
+    elif index.dim() == 1: out = _attend_one(*args, slopes, _gap(index))
+    elif n == 1 and slopes is None and not _needs_own_row(plan, q): out = _attend_step(*args, index)
+    else: out = _attend_rows(*args, slopes, index)
     return out if return_lse else out[0]
 
 def _needs_own_row(plan, q):

@@ -22,7 +22,7 @@ def inverse_frequencies(dim:int,            # number of rotated features, even
     require(dim > 0 and dim % 2 == 0, "dim", dim, "a positive even number of features")
     return theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
-# %% ../../nbs/1_foundations/rope.ipynb #d1d51c20
+# %% ../../nbs/1_foundations/rope.ipynb #e6d34dcf
 def rotate(x:Tensor,   # `(..., n, d)`
            cos:Tensor, # broadcastable to `(..., n, r/2)`, r <= d
            sin:Tensor, # the same
@@ -30,6 +30,7 @@ def rotate(x:Tensor,   # `(..., n, d)`
           )->Tensor:   # `(..., n, d)`, the dtype of `x`
     "Turn each pair of the first r features by its angle; the rest passes through."
     r = 2 * cos.shape[-1]
+    if r == 0: return x
     y = x[..., :r].to(cos.dtype)
     u, w = (y[..., 0::2], y[..., 1::2]) if interleaved else y.chunk(2, -1)
     u, w = u*cos - w*sin, w*cos + u*sin

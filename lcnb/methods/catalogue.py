@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'options_of', 'make_plan']
 
-# %% ../../nbs/3_methods/catalogue.ipynb #ae99fa7c
+# %% ../../nbs/3_methods/catalogue.ipynb #2b238f8d
 from dataclasses import replace
 import inspect
 
@@ -14,17 +14,17 @@ from ..foundations.checks import InputError, positive_int, require
 from ..foundations.rope import Scaling
 from .dca import dca, dca_preset
 from .lm_infinite import lm_infinite
-from .relatives import interpolate, rescale, window as sliding_window
+from .relatives import interpolate, rerope, rescale, self_extend, streaming, window as sliding_window
 
-# %% ../../nbs/3_methods/catalogue.ipynb #8878e467
+# %% ../../nbs/3_methods/catalogue.ipynb #cfb6898e
 def _lm_infinite(**fixed):
     def build(c, factor, window=None, n_start=10, inclusive=False):
         return lm_infinite(c if window is None else window, n_start, inclusive=inclusive, **fixed)
     return build
 
-def _lm_infinite_topk(c, factor, window=None, n_start=10, inclusive=False, top_k=5, top_k_from_layer=0, top_k_distance=None):
+def _lm_infinite_topk(c, factor, window=None, n_start=10, inclusive=False, top_k=5, top_k_from_layer=0, top_k_distance=None, top_k_rule="paper"):
     return lm_infinite(c if window is None else window, n_start, top_k=top_k, top_k_from_layer=top_k_from_layer,
-                       top_k_distance=top_k_distance, inclusive=inclusive)
+                       top_k_distance=top_k_distance, top_k_rule=top_k_rule, inclusive=inclusive)
 
 def _dca(over=lambda plan, c, factor: plan, **fixed):
     def build(c, factor, chunk_size=None, local_window=None):
@@ -33,7 +33,17 @@ def _dca(over=lambda plan, c, factor: plan, **fixed):
 
 def _window(c, factor, window=None): return sliding_window(c if window is None else window)
 
-# %% ../../nbs/3_methods/catalogue.ipynb #6626f55e
+def _streaming(c, factor, window=None, n_start=4): return streaming(max(1, c-n_start) if window is None else window, n_start)
+
+def _rerope(c, factor, window=None): return rerope(max(1, c//2) if window is None else window)
+
+def _self_extend(c, factor, window=None, group_size=None, log_base=None):
+    "Half the trained length exact; groups as large as the rest then needs (sec. 4.4 of its paper)."
+    W = max(1, c//2) if window is None else window
+    need = max(1, -(-int(c*factor-W)//max(1, c-W)))
+    return self_extend(W, min(W, need) if group_size is None else group_size, log_base)
+
+# %% ../../nbs/3_methods/catalogue.ipynb #3bf41ea5
 _pi   = lambda plan, c, factor: interpolate(plan, factor)
 _ntk  = lambda plan, c, factor: rescale(plan, Scaling("ntk", factor))
 _yarn = lambda plan, c, factor: rescale(plan, Scaling("yarn", factor, c))
@@ -43,7 +53,7 @@ _over = lambda change: lambda c, factor: change(plain, c, factor)
 METHODS = {
     "rope": lambda c, factor: plain,
     "pi": _over(_pi), "ntk": _over(_ntk), "dynamic_ntk": _over(_dynamic), "yarn": _over(_yarn),
-    "window": _window,
+    "window": _window, "streaming": _streaming, "rerope": _rerope, "self_extend": _self_extend,
     "lm_infinite": _lm_infinite(), "lambda_only": _lm_infinite(ceiling=False), "ceiling_only": _lm_infinite(mask=False),
     "lm_infinite_topk": _lm_infinite_topk,
     "dca": _dca(), "dca_intra": _dca(inter=False), "dca_intra_inter": _dca(succ=False),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Extended', 'extend']
 
-# %% ../../nbs/3_methods/extend.ipynb #4d579d75
+# %% ../../nbs/3_methods/extend.ipynb #d8892016
 import copy
 import sys
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..foundations.attention import Branch, Plan, attend, frequencies, plain
 from ..foundations.checks import InputError, require
-from ..foundations.rope import Rope
+from ..foundations.rope import Rope, rotate
+from .adapters import adapter
 
 # %% ../../nbs/3_methods/extend.ipynb #91c4e75c
 def _owner(model):
@@ -54,7 +55,7 @@ def _refuse(model, config, plan):
     require(not window or getattr(config, "layer_types", None), "model", name,
             f"without its sliding window of {window}; set model.config.sliding_window = None to let the plan decide")
 
-# %% ../../nbs/3_methods/extend.ipynb #a4d74c76
+# %% ../../nbs/3_methods/extend.ipynb #2eb53491
 class _Rotary(nn.Module):
     "Rotates to the first branch's key positions; the identity if frequencies follow the length (the cache then holds raw keys)."
     def __init__(self, handle, layout):
@@ -62,82 +63,115 @@ class _Rotary(nn.Module):
         self.handle, self.layout = handle, layout
 
     def forward(self, x, position_ids):
-        h = self.handle
-        pos = h.plan.branches[0].k_pos(position_ids)
-        f = frequencies(h.plan, h.rope, h.length)
-        cos, sin = f.tables(pos)
-        if h.raw: cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
-        else: cos, sin = cos*f.factor, sin*f.factor
         wide = {"halves": lambda t: torch.cat((t, t), -1), "pairs": lambda t: t.repeat_interleave(2, -1), "once": lambda t: t}[self.layout]
-        return wide(cos).to(x.dtype), wide(sin).to(x.dtype)
+        return tuple(wide(t).to(x.dtype) for t in self.handle.tables(position_ids))
 
-# %% ../../nbs/3_methods/extend.ipynb #7988926a
+# %% ../../nbs/3_methods/extend.ipynb #78df9e9a
 def _padding(batch_size, q_length, kv_length, *args, attention_mask=None, **kwargs):
     "The mask function: the 2-D padding mask `(b,m)`, or None where nothing is padded."
     if attention_mask is None or attention_mask.all(): return None
     return attention_mask.bool()
 
+def _always_padding(batch_size, q_length, kv_length, *args, attention_mask=None, **kwargs):
+    "The same for models that expect a tensor; their adapters take the mask from the handle."
+    return torch.ones(batch_size, 1, dtype=torch.bool)
+
 def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0., **kwargs):
     "The attention function: `attend` under the plan of the model that `module` belongs to."
-    h = module._lcnb
     require(not dropout, "attention_dropout", dropout, "0 in an extended model")
     require(kwargs.get("softcap") is None and kwargs.get("s_aux") is None, "model", type(module).__name__, "one without soft-capped or sink logits")
-    m = h.length
-    if attention_mask is not None: attention_mask = attention_mask[:, :m]
-    out = attend(h.plan, q, k[:, :, :m], v[:, :, :m], h.rope, scaling, attention_mask, module.layer_idx, rotated=not h.raw, backend=h.backend, memo=h.memo)
-    return out.transpose(1, 2), None
+    return module._lcnb.attend(module, q, k, v, attention_mask, scaling), None
 
-# %% ../../nbs/3_methods/extend.ipynb #09d1bfbf
+# %% ../../nbs/3_methods/extend.ipynb #503984dd
 def _begin(handle, owner, args, kwargs):
     "Before each forward pass: positions from the mask, the length of the context, an empty memo."
     x = kwargs.get("inputs_embeds")
     if x is None: x = kwargs.get("input_ids", args[0] if args else None)
     n, mask, cache = x.shape[1], kwargs.get("attention_mask"), kwargs.get("past_key_values")
     past = int(cache.get_seq_length()) if cache is not None else 0
-    handle.length, handle.memo = past + n, {}
+    require(cache is None or kwargs.get("use_cache") is not False, "use_cache", False, "True where past_key_values are given (MPT's config says False)")
+    handle.length, handle.memo, handle.mask, handle.index = past + n, {}, None, None
+    if mask is not None:
+        require(mask.dim() == 2, "attention_mask", tuple(mask.shape), "two-dimensional, (batch, tokens), under a plan")
+        require(mask.shape[1] >= past+n, "attention_mask", tuple(mask.shape), f"as long as cache and input together, {past+n}")
+        mask = mask[:, :past+n].bool()
+    if hasattr(cache, "begin"): handle.index = cache.begin(mask, n)
     if mask is None:
         given = kwargs.get("position_ids")
         if given is not None and n > 1:
             require(bool((given == torch.arange(past, past+n, device=given.device)).all()), "position_ids", "...", "left out: an extended model counts positions itself, from attention_mask")
         return args, kwargs
-    require(mask.dim() == 2, "attention_mask", tuple(mask.shape), "two-dimensional, (batch, tokens), under a plan")
-    require(mask.shape[1] >= past+n, "attention_mask", tuple(mask.shape), f"as long as cache and input together, {past+n}")
-    positions = (mask[:, :past+n].long().cumsum(1)-1).clamp(min=0)[:, -n:]
-    return args, kwargs | dict(position_ids=positions)
+    if not mask.all(): handle.mask = mask
+    return args, kwargs | dict(position_ids=(mask.long().cumsum(1)-1).clamp(min=0)[:, -n:])
 
-# %% ../../nbs/3_methods/extend.ipynb #33ef2640
+# %% ../../nbs/3_methods/extend.ipynb #928b29cd
 class Extended:
     "A model under a plan. `undo()`, or the end of the `with` block, restores it."
     _live = 0
     def __init__(self, model, plan, backend):
-        self.model, self.plan, self.backend = model, plan, backend
-        self.raw = plan.scaling is not None and plan.scaling.follows_length
-        self.length, self.memo, self.active = 0, {}, False
+        self.model, self.backend, self.active = model, backend, False
+        self.length, self.memo, self.mask, self.index, self.slopes = 0, {}, None, None, None
+        self._use(plan)
+
+    def _use(self, plan):
+        self.plan = plan
+        self.raw = plan.scaling is not None and plan.scaling.follows_length      # the cache then holds unrotated keys
 
     def __repr__(self): return f"Extended({type(self.model).__name__}, {self.plan})"
     def __enter__(self): return self
     def __exit__(self, *exc): self.undo()
 
+    def new_cache(self, slack=None):
+        "For `past_key_values`: a cache that keeps only what the plan can still read (`ForgetfulCache`)."
+        from lcnb.methods.cache import forgetful_cache
+        return forgetful_cache(self.plan, slack)
+
+    def tables(self, position_ids):
+        "Cosines and sines, with their factor, at the first branch's key positions; (1, 0) where the cache holds raw keys."
+        f = frequencies(self.plan, self.rope, self.length)
+        cos, sin = f.tables(self.plan.branches[0].k_pos(position_ids))
+        return (torch.ones_like(cos), torch.zeros_like(sin)) if self.raw else (cos*f.factor, sin*f.factor)
+
+    def turn(self, x, position_ids):
+        "Rotate `(b,h,n,d)` for the cache, for models whose layers rotate by themselves."
+        return rotate(x, *(t[:, None] for t in self.tables(position_ids)), self.rope.interleaved)
+
+    def attend(self, module, q, k, v, mask, scale):
+        "`attend` under the plan, `(b,n,h,d)`."
+        m = self.length
+        if self.index is not None: mask, index = None, self.index
+        else: k, v, mask, index = k[:, :, :m], v[:, :, :m], None if mask is None else mask[:, :m], None
+        out = attend(self.plan, q, k, v, self.rope, scale, mask, module.layer_idx, rotated=not self.raw, backend=self.backend, memo=self.memo,
+                     slopes=None if self.slopes is None else self.slopes.to(q.device), index=index)
+        return out.transpose(1, 2)
+
     def _apply(self):
-        "Swap rotary module, config and attention function."
-        from transformers import AttentionInterface, AttentionMaskInterface
-        model, owner = self.model, _owner(self.model)
-        config = owner.config
-        _refuse(model, config, self.plan)
-        self.rope, layout = _model_rope(owner)
-        AttentionInterface.register("lcnb", _attention); AttentionMaskInterface.register("lcnb", _padding)
-        Extended._live += 1
+        "Swap config, rotary module and attention."
+        found = adapter(self.model)
+        owner = found[0] if found else _owner(self.model)
+        if not found: _refuse(self.model, owner.config, self.plan); self.rope, layout = _model_rope(owner)
+        else: self.rope, self.slopes = found[3:]
+        self._register()
         copies = {}
-        copy.deepcopy(model.config, copies)
-        self._configs = [(m, m.config) for m in model.modules() if id(getattr(m, "config", None)) in copies]
+        copy.deepcopy(self.model.config, copies)
+        self._configs = [(m, m.config) for m in self.model.modules() if id(getattr(m, "config", None)) in copies]
         for m, old in self._configs: m.config = copies[id(old)]
-        self._layers = [m for m in owner.modules() if hasattr(m, "layer_idx") and "Attention" in type(m).__name__]
+        self._layers = [m for m in owner.modules() if hasattr(m, "layer_idx") and ("Attention" in type(m).__name__ if not found else type(m).__name__ == found[1])]
         for m in self._layers: m._lcnb = self
-        self._owner, self._rotary = owner, owner.rotary_emb
-        owner.rotary_emb = _Rotary(self, layout)
+        self._owner, self._rotary = owner, getattr(owner, "rotary_emb", None)
         self._hook = owner.register_forward_pre_hook(lambda m, a, k: _begin(self, m, a, k), with_kwargs=True)
         self.active = True
-        model.set_attn_implementation("lcnb")
+        if not found: owner.rotary_emb = _Rotary(self, layout); self.model.set_attn_implementation("lcnb"); return
+        for m in self._layers: m.forward = found[2].__get__(m)
+        owner.config._attn_implementation = "lcnb_adapter"
+
+    @staticmethod
+    def _register():
+        "Enter our names into transformers' registries."
+        from transformers import AttentionInterface, AttentionMaskInterface
+        Extended._live += 1
+        for name, mask in (("lcnb", _padding), ("lcnb_adapter", _always_padding)):
+            AttentionInterface.register(name, _attention); AttentionMaskInterface.register(name, mask)
 
     def undo(self)->None:
         "Restore the model; calling it twice does nothing."
@@ -145,12 +179,15 @@ class Extended:
         from transformers import AttentionInterface, AttentionMaskInterface
         self.active = False
         self._hook.remove()
-        self._owner.rotary_emb = self._rotary
-        for m in self._layers: del m._lcnb
+        if self._rotary is not None: self._owner.rotary_emb = self._rotary
+        for m in self._layers:
+            del m._lcnb
+            m.__dict__.pop("forward", None)
         for m, old in self._configs: m.config = old
         Extended._live -= 1
         if not Extended._live:
-            for interface in (AttentionInterface, AttentionMaskInterface): interface._global_mapping.pop("lcnb", None)
+            for interface in (AttentionInterface, AttentionMaskInterface):
+                for name in ("lcnb", "lcnb_adapter"): interface._global_mapping.pop(name, None)
 
 # %% ../../nbs/3_methods/extend.ipynb #5eb50f8e
 _unchanged = Plan("unchanged", (Branch("near", lambda i: ((i-2).clamp(min=0), i+1)),
@@ -165,7 +202,7 @@ def _read(owner):
     for m, t in modes: m.training = t
     return x
 
-# %% ../../nbs/3_methods/extend.ipynb #aaebc73f
+# %% ../../nbs/3_methods/extend.ipynb #817f28d7
 def extend(model,               # a Hugging Face decoder with rotary embeddings
            plan:Plan,           # from `lcnb.methods`, or your own
            backend:str|None=None, # a key of `backends()`; None = the fastest usable
@@ -174,7 +211,8 @@ def extend(model,               # a Hugging Face decoder with rotary embeddings
     "Let `model` attend under `plan` until the handle is undone. Raises `InputError`, and leaves the model alone, if it cannot."
     require(isinstance(plan, Plan), "plan", plan, "a Plan, for example make_plan('dca', 4096)")
     require(not any(hasattr(m, "_lcnb") for m in model.modules()), "model", type(model).__name__, "a model that is not extended already; undo that first")
-    handle, owner = Extended(model, plan if not check else _unchanged, backend), _owner(model)
+    handle = Extended(model, plan if not check else _unchanged, backend)
+    owner = (adapter(model) or (None,))[0] or _owner(model)
     before = _read(owner) if check else None
     try:
         handle._apply()
@@ -182,7 +220,8 @@ def extend(model,               # a Hugging Face decoder with rotary embeddings
             tol = {torch.float32: 1e-4, torch.float64: 1e-4}.get(next(owner.parameters()).dtype, 6e-2)
             gap = (_read(owner)-before).abs().max() / before.abs().max()
             require(gap <= tol, "model", type(model).__name__, f"a model whose rotary attention is understood: a plan that changes nothing moved its states by {gap:.1%}")
-            handle.plan, handle.raw = plan, Extended(model, plan, backend).raw
+        require(handle.slopes is None or plan.scaling is None, "plan", plan.name, "one that does not change rotary frequencies, which this model has none of")
+        handle._use(plan)
     except BaseException:
         handle.undo()
         raise

@@ -11,7 +11,7 @@ import torch
 from ..foundations.attention import Branch, Plan, nowhere
 from ..foundations.checks import positive_int, require
 
-# %% ../../nbs/3_methods/lm_infinite.ipynb #613eaa8c
+# %% ../../nbs/3_methods/lm_infinite.ipynb #6ae91d26
 def lm_infinite(window:int,           # L, keys a query reads behind itself, itself included; also the distance ceiling
                 n_start:int=10,       # starting tokens that stay visible; the paper finds 5 to 100 equally good
                 mask:bool=True,       # Λ-shaped mask; False reads all keys (ablation "ceiling only")
@@ -19,6 +19,7 @@ def lm_infinite(window:int,           # L, keys a query reads behind itself, its
                 top_k:int=0,          # middle keys read per query and head; the paper uses 5 for retrieval, 0 otherwise
                 top_k_from_layer:int=0, # first layer (0-based) with middle keys; the paper's h
                 top_k_distance:int|None=None, # where middle keys seem to stand; None = L/2
+                top_k_rule:str="paper", # "paper": every query, as many as there are; "official_code": the last query of a pass, once k exist
                 inclusive:bool=False, # the reading of Figure 2(a): distances 0..L, L+1 keys
                )->Plan:
     "LM-Infinite (sec. 4): Λ-shaped mask, distance ceiling and optional middle top-k."
@@ -31,11 +32,15 @@ def lm_infinite(window:int,           # L, keys a query reads behind itself, its
     start = (lambda i: (torch.zeros_like(i), old(i).clamp(max=n_start))) if mask else (lambda i: (torch.zeros_like(i), old(i)))
     branches = [Branch("window", lambda i: (old(i), i+1))]
     if n_start: branches.append(Branch("start" if mask else "far", start, far, nowhere if ceiling else (lambda j: j)))
-    if top_k: branches.append(_middle(old, n_start, top_k, top_k_from_layer, window//2 if top_k_distance is None else top_k_distance))
+    if top_k: branches.append(_middle(old, n_start, top_k, top_k_from_layer, window//2 if top_k_distance is None else top_k_distance, top_k_rule))
     params = dict(window=window, n_start=n_start) | (dict(top_k=top_k, from_layer=top_k_from_layer) if top_k else {})
     return Plan("lm_infinite" if mask and ceiling else "lambda_only" if mask else "ceiling_only", tuple(branches), params=params)
 
-def _middle(old, n_start, k, from_layer, distance):
+def _middle(old, n_start, k, from_layer, distance, rule):
     "The keys between start and window, of which each query and head reads the best k at one fixed distance."
-    return Branch("middle", lambda i: (torch.full_like(i, n_start), old(i).clamp(min=n_start)),
-                  lambda i: torch.full_like(i, distance), nowhere, top_k=k, from_layer=from_layer)
+    require(rule in ("paper", "official_code"), "top_k_rule", rule, "paper or official_code")
+    first = lambda i: torch.full_like(i, n_start)
+    def keys(i):
+        hi = old(i).clamp(min=n_start)
+        return first(i), torch.where(hi-n_start >= k, hi, first(i)) if rule == "official_code" else hi
+    return Branch("middle", keys, lambda i: torch.full_like(i, distance), nowhere, top_k=k, from_layer=from_layer, only_last=rule == "official_code")
