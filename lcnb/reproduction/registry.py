@@ -91,7 +91,7 @@ def parameters(path:Path, # an experiment notebook
         found[node.targets[0].id] = Param(ast.literal_eval(node.value), about.get(node.lineno, ""))
     return found
 
-# %% ../../nbs/7_reproduction/registry.ipynb #89b18824
+# %% ../../nbs/7_reproduction/registry.ipynb #43f17bf7
 def _literal(text): # text as YAML reads it, or the text itself
     import yaml
     try: return yaml.safe_load(text)
@@ -112,6 +112,7 @@ def coerce(name:str, # the parameter
         except (TypeError, ValueError): require(False, name, value, "a number")
     ok = isinstance(value, type(default)) and (isinstance(default, bool) or not isinstance(value, bool))
     require(ok, name, value, {list:"a list, like [1, 2]", int:"an integer", bool:"true or false", dict:"a mapping"}[type(default)])
+    require(not isinstance(value, list) or value or not default, name, value, "a list with at least one element")
     return value
 
 # %% ../../nbs/7_reproduction/registry.ipynb #34709472
