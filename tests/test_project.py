@@ -19,7 +19,7 @@ NOT_ON_GPU = {"faiss-cpu"}                                                      
 def split(spec):
     "(name, version part) of a requirement."
     name, version = re.fullmatch(r"([A-Za-z0-9_.-]+)(.*)", spec.strip()).groups()
-    return name.lower(), version.strip()
+    return name.lower().replace("_", "-"), version.strip()
 
 
 def settings():
