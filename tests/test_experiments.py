@@ -57,7 +57,7 @@ def test_without_jupyter_the_same_bytes(id, tiny, tmp_path):
     blocked = "import sys; sys.modules.update({k: None for k in ('papermill', 'IPython', 'ipykernel', 'nbformat', 'nbclient', 'jupyter_client')})"
     code = (f"{blocked}; from lcnb.reproduction import runner; params = runner.profile_params('tiny', {id!r}, dict(out={str(tmp_path/'out')!r})); "
             f"assert runner._as_code(dict(id={id!r}, params=params)) is None")
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=os.environ | {"MPLBACKEND": "agg"})
     for name in ("rows.csv", "figure.svg"): assert (tmp_path/"out"/name).read_bytes() == (tiny/id/name).read_bytes(), name
 
 

@@ -78,12 +78,12 @@ def child(job:str, # JSON: `id`, `params`, `notebook`, `log`, `parent`
 Outcome = namedtuple("Outcome", "id status out seconds message")
 Outcome.__doc__ = "How a run went: `status` is `done`, `skipped`, `refused` (bad input) or `failed`; `message` says why."
 
-# %% ../../nbs/7_reproduction/runner.ipynb #e8c610e0
+# %% ../../nbs/7_reproduction/runner.ipynb #c9f9ac38
 def _start(id, params, notebook, log, threads, profile): # the child process
     code = "import sys; from lcnb.reproduction.runner import child; sys.exit(child(sys.argv[1]))"
     job = json.dumps(dict(id=id, params=params, notebook=notebook, log=str(log), parent=os.getpid()))
     env = {"OMP_NUM_THREADS": str(threads), "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false", "JUPYTER_PREFER_ENV_PATH": "1"} | os.environ
-    env |= {"LCNB_PROFILE": profile, "LCNB_RUNNER": "notebook" if notebook else "python", "LCNB_PROGRESS": f"{log}.progress"}
+    env |= {"MPLBACKEND": "agg", "LCNB_PROFILE": profile, "LCNB_RUNNER": "notebook" if notebook else "python", "LCNB_PROGRESS": f"{log}.progress"}
     with open(f"{log}.log", "w") as f:
         return subprocess.Popen([sys.executable, "-c", code, job], stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env)
 
