@@ -29,11 +29,12 @@ def cmd_list(args)->int:
             if a.id in entries: print(f"{'':24}   {n:6} {entries[a.id].get('cost', 'cost not known')}")
     return 0
 
-# %% ../../nbs/7_reproduction/cli.ipynb #0f3d077a
+# %% ../../nbs/7_reproduction/cli.ipynb #9e5a99d1
 def cmd_run(args)->int:
     "`lcnb run ID [-p key=value ...] [--out DIR]`"
-    from lcnb.reproduction.runner import run_artifact, say
-    o = run_artifact(args.id, args.profile, registry.parse_pairs(args.p), args.out, not args.no_notebook, args.force, threads=os.cpu_count() or 1)
+    from lcnb.reproduction.runner import progress_bar, run_artifact, say
+    with progress_bar(args.id) as progress:
+        o = run_artifact(args.id, args.profile, registry.parse_pairs(args.p), args.out, not args.no_notebook, args.force, progress, os.cpu_count() or 1)
     if o.status=="refused": raise InputError(o.message)
     print(say(o), file=sys.stderr if o.status=="failed" else sys.stdout)
     return int(o.status=="failed")
