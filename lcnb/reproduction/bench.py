@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Line', 'compare', 'prefill', 'table', 'main']
 
-# %% ../../nbs/7_reproduction/bench.ipynb #d4eb6d5a
+# %% ../../nbs/7_reproduction/bench.ipynb #640789cd
 import argparse
 import csv
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ import torch
 from ..foundations.attention import attend, choose_backend, plain
 from ..foundations.checks import positive_int, require
 from ..foundations.rope import rope
-from ..methods import dca, lm_infinite
+from ..methods import dca, extend, lm_infinite
 from .registry import home
 from .run import git_state, hardware, versions
 
@@ -69,13 +69,84 @@ def prefill(plan, n, shape, dtype, device, repeats, baseline=None):
     causal = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shape[0] != shape[1])
     with torch.no_grad(): return compare(lambda: attend(plan, q, k, v, f, rotated=True, memo={}), baseline or causal, repeats, device == "cuda")
 
-# %% ../../nbs/7_reproduction/bench.ipynb #25b1fe3c
+# %% ../../nbs/7_reproduction/bench.ipynb #61c68f5f
+def _model(cuda):
+    "A decoder with random weights, for timing."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    small = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, vocab_size=1024)
+    c = LlamaConfig(**({} if cuda else small), max_position_embeddings=4096)       # LlamaConfig's own defaults are Llama-2-7B's shape
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    with torch.device(device):
+        old = torch.get_default_dtype(); torch.set_default_dtype(dtype)
+        try: return LlamaForCausalLM(c).eval()
+        finally: torch.set_default_dtype(old)
+
+def _filled(model, cache, n):
+    "`cache` with n random keys in every layer."
+    c, p = model.config, next(model.parameters())
+    g = torch.Generator(p.device).manual_seed(0)
+    x = lambda: torch.randn(1, c.num_key_value_heads, n, c.hidden_size//c.num_attention_heads, generator=g, device=p.device, dtype=p.dtype)
+    for i in range(c.num_hidden_layers): cache.update(x(), x(), i)
+    return cache
+
+def _stepper(model, cache):
+    "A function that decodes one token."
+    ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    return lambda: model(ids, past_key_values=cache, use_cache=True)
+
+def _bytes(cache): return sum(t.nbytes for l in cache.layers for t in (l.keys, l.values))
+
+# %% ../../nbs/7_reproduction/bench.ipynb #58e86b35
+def _decode_lines(cuda, n, repeats):
+    "DCA and LM-Infinite against the plain model, one token after n cached ones."
+    from transformers import DynamicCache
+    model, twin, c = _model(cuda), _model(cuda), 4096
+    setting = f"cache of {n}, {'Llama-2-7B shape, bfloat16' if cuda else '4 layers, 4 heads of 64, float32'}"
+    with torch.no_grad():
+        full = _filled(twin, DynamicCache(config=twin.config), n)
+        with extend(model, dca(3072, c)):
+            r = compare(_stepper(model, _filled(model, DynamicCache(config=model.config), n)), _stepper(twin, full), repeats, cuda)
+        yield Line("DCA decode step", "plain model", setting, *r, goal="<= 1.10")
+        with extend(model, lm_infinite(c, 10)) as h:
+            short = _filled(model, h.new_cache(slack=64), n)
+            r = compare(_stepper(model, short), _stepper(twin, full), repeats, cuda)
+        yield Line("LM-Infinite decode step, window 4096", "plain model", setting, *r, goal="speed-up >= 2.7 (paper)")
+        yield Line("LM-Infinite key-value memory, window 4096", "plain cache", setting, _bytes(short)/_bytes(full), 0, 0, 0, goal="1/7.5 = 0.133")
+        with extend(model, lm_infinite(1024, 10)) as h:
+            short = _filled(model, h.new_cache(slack=64), n)
+            r = compare(_stepper(model, short), _stepper(twin, full), repeats, cuda)
+        yield Line("LM-Infinite decode step, window 1024", "plain model", setting, *r, goal="<= 0.10 on a CPU")
+
+# %% ../../nbs/7_reproduction/bench.ipynb #51eb810b
+_STREAM = """
+import resource, sys, torch
+from lcnb.laboratory.models import load_model
+from lcnb.methods import lm_infinite
+from lcnb.methods.stream import stream_nll
+lm, n = load_model("tiny", device="cpu"), int(sys.argv[1])
+g = torch.Generator().manual_seed(0)
+text = (torch.randint(300, (65536,), generator=g) for _ in iter(int, 1))
+stream_nll(lm.model, lm_infinite(lm.pretrained_len, 4), text, n, chunk=2048, bin_size=65536)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+def _stream_line(n=2**20, base=2**16):
+    "Peak resident memory of a long stream against a short one."
+    import subprocess, sys
+    times, rss = [], []
+    for k in (base, n):
+        t = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", _STREAM, str(k)], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter()-t); rss.append(int(done.stdout.split()[-1]))
+    return Line("LM-Infinite stream, peak memory", f"{base} tokens", f"{n} tokens, tiny model, CPU", rss[1]/rss[0], 0, 0, times[1], goal="<= 1.05")
+
+# %% ../../nbs/7_reproduction/bench.ipynb #a7a07705
 def _dca_lines(shape, dtypes, device, lengths, repeats):
     for dtype in dtypes:
         for n in lengths:
             for s in (3072, 768):
                 r = prefill(dca(s, s*4//3), n, shape, dtype, device, repeats)
-                yield Line("DCA prefill", "causal flash attention", f"n={n}, s={s}, {str(dtype)[6:]}", *r, goal="<= 1.10" if s == 3072 else "")
+                yield Line("DCA prefill", "causal flash attention", f"n={n}, s={s}, {str(dtype)[6:]}", *r, goal="<= 1.05" if s == 3072 else "")
 
 def _window_lines(shape, dtype, device, lengths, repeats):
     "LM-Infinite against plain attention, and against itself at half the length."
@@ -85,16 +156,17 @@ def _window_lines(shape, dtype, device, lengths, repeats):
     for n in lengths[1:]:
         half = _qkv(n//2, *shape, dtype, device)
         r = prefill(plan, n, shape, dtype, device, repeats, lambda: attend(plan, *half, f, rotated=True, memo={}))
-        yield Line("LM-Infinite prefill", "LM-Infinite at n/2", f"n={n}, window 1024, {str(dtype)[6:]}", *r, goal="about 2 (linear)")
+        yield Line("LM-Infinite prefill", "LM-Infinite at n/2", f"n={n}, window 1024, {str(dtype)[6:]}", *r, goal="<= 2.1 from 8 windows on" if n >= 16384 else "")
 
-# %% ../../nbs/7_reproduction/bench.ipynb #b1e6921e
+# %% ../../nbs/7_reproduction/bench.ipynb #5fba8f4c
 def table(lines)->str:
     "The lines as Markdown."
     head = ["measure", "baseline", "setting", "ratio", "range", "seconds", "goal"]
-    cells = [[l.measure, l.baseline, l.setting, f"{l.ratio:.2f}", f"{l.low:.2f}-{l.high:.2f}", f"{l.seconds:.3g}", l.goal] for l in lines]
+    span = lambda l: f"{l.low:.2f}-{l.high:.2f}" if l.high else ""
+    cells = [[l.measure, l.baseline, l.setting, f"{l.ratio:.3f}", span(l), f"{l.seconds:.3g}" if l.seconds else "", l.goal] for l in lines]
     return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"]*len(head), *cells])
 
-# %% ../../nbs/7_reproduction/bench.ipynb #ff86c561
+# %% ../../nbs/7_reproduction/bench.ipynb #ff6e1e5d
 def _save(lines, folder):
     "Write table.md, rows.csv and run.json."
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,10 +191,11 @@ def main(argv=None)->int: # exit code
     shape = (32, 32, 128) if cuda else (4, 4, 64)                       # query heads, key heads, width: one layer of Llama-2-7B on a GPU
     dtypes = [torch.bfloat16] if cuda else [torch.float32, torch.bfloat16]
     most = a.max_length or 131072
-    dca_n, win_n = ([n for n in ns if n <= most] for ns in ([4096, 16384] + [32768, 131072]*cuda, [2048, 4096, 8192, 16384, 32768]))
+    dca_n, win_n = ([n for n in ns if n <= most] for ns in ([4096, 16384, 32768] + [131072]*cuda, [2048, 4096, 8192, 16384, 32768]))
     require(dca_n, "max-length", most, "at least 4096")
     print(f"{a.device}, backend {choose_backend(a.device, dtypes[0])}, {shape[0]} heads of {shape[2]}, {torch.get_num_threads()} threads, {a.repeats} pairs each", flush=True)
     lines = [*_dca_lines(shape, dtypes, a.device, dca_n, a.repeats), *_window_lines(shape, dtypes[0], a.device, win_n, a.repeats)]
+    if most >= 32768: lines += [*_decode_lines(cuda, 32768, 4*a.repeats), _stream_line()]
     print(table(lines))
     _save(lines, a.out or home()/"figures"/"bench"/a.device)
     return 0
