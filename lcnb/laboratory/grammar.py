@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'PLACES', 'JOBS', 'PETS', 'COLOURS', 'FOODS', 'OBJECTS', 'AD
 
 # %% ../../nbs/2_laboratory/grammar.ipynb #d866638a
 import itertools, random, re, string
-from ..foundations.checks import positive_int
+from ..foundations.checks import positive_int, require
 
 # %% ../../nbs/2_laboratory/grammar.ipynb #393e8e71
 NAMES   = "Mira Tomas Elsa Bruno Nadia Oskar Lena Felix Greta Hugo Irma Jonas Karla Leon Nora Otto Paula Rufus Sonja Tilda Ulrich Vera Wanda Yusuf".split()
@@ -122,7 +122,8 @@ def document(seed:int,     # which story; the same seed gives the same story, an
              n_cast:int=0, # number of people; 0 draws one of `CASTS`
             )->str:        # one line of English
     "One story."
-    positive_int("seed", seed, 0), positive_int("n_words", n_words)
+    positive_int("seed", seed, 0), positive_int("n_words", n_words), positive_int("n_cast", n_cast, 0)
+    require(n_cast == 0 or 2 <= n_cast <= len(NAMES), "n_cast", n_cast, f"0, or from 2 to {len(NAMES)} people")
     rng, told, n = random.Random(f"story {seed}"), [], 0
     world = World(rng, n_cast or rng.choice(CASTS))
     for sentence in sentences(world):
