@@ -45,10 +45,10 @@ def check_rows(rows:list, # of dicts
         if not isinstance(r["length"], int): raise ValueError(f"row {i}: length {r['length']!r} is not an integer")
     return rows
 
-# %% ../../nbs/7_reproduction/run.ipynb #9f55d505
+# %% ../../nbs/7_reproduction/run.ipynb #787c89e0
 def _text(v): # a cell of the CSV
     if v is None: return ""
-    return repr(v) if isinstance(v, float) else str(v).lower() if isinstance(v, bool) else str(v)
+    return repr(float(v)) if isinstance(v, float) else str(v).lower() if isinstance(v, bool) else str(v)
 
 def rows_csv(rows:list,  # tidy rows
              run_id:str, # joins a row to its run.json
@@ -135,7 +135,7 @@ def command(id:str,       # an artifact's id
     pairs = [f"{k}={v if isinstance(v, str) else 'null' if v is None else json.dumps(v)}" for k,v in params.items() if k!="out" and base.get(k)!=v]
     return " ".join(["lcnb", "run", id, "--profile", profile or "tiny", *(f"-p {shlex.quote(p)}" for p in pairs)])
 
-# %% ../../nbs/7_reproduction/run.ipynb #14a00fc4
+# %% ../../nbs/7_reproduction/run.ipynb #e633f52e
 def _replace(tmp, out): # give the finished folder its name
     old = out.with_name(f".{out.name}.old-{os.getpid()}")
     if out.exists(): os.rename(out, old)
@@ -144,7 +144,8 @@ def _replace(tmp, out): # give the finished folder its name
 
 def _leftovers(out): # hidden folders of runs that died
     for p in out.parent.glob(f".{out.name}.*-*"):
-        if not _alive(int(p.name.rpartition("-")[2])): shutil.rmtree(p, ignore_errors=True)
+        pid = p.name.rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)): shutil.rmtree(p, ignore_errors=True)
 
 def _alive(pid): # is there such a process?
     try: os.kill(pid, 0)
