@@ -107,6 +107,7 @@ def test_the_committed_reference_is_what_this_code_gives(id, tiny):
     key = lambda r: tuple((k, v) for k, v in r.items() if k not in ("value", "n", "run_id", "revision"))
     got = {key(r): r["value"] for r in new.rows}
     assert set(got) == {key(r) for r in old.rows}
+    tols = dict(ppl=dict(rel=.03), nll=dict(abs=.05), accuracy=dict(abs=.5)) | dict.fromkeys(("mismatches", "cells", "largest_position", "locality_errors"), dict(abs=0))
     for r in old.rows:
-        tol = dict(ppl=dict(rel=.03), nll=dict(abs=.05), accuracy=dict(abs=.5)).get(r["metric"], dict(abs=0))
+        if (tol := tols.get(r["metric"])) is None: continue  # times depend on the machine
         assert got[key(r)] == pytest.approx(r["value"], **tol), key(r)

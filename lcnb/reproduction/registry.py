@@ -161,8 +161,8 @@ def profile_params(name:str, # a profile
     resolve(id, base, f"{name}.yaml: ")
     return resolve(id, base | given)
 
-# %% ../../nbs/7_reproduction/registry.ipynb #b6d3f881
-_LOOK_ON = {"_modidx.py", "cli.py", "report.py", "bench.py"} # never imported by an experiment
+# %% ../../nbs/7_reproduction/registry.ipynb #8b37a7e3
+_LOOK_ON = {"_modidx.py", "cli.py", "report.py"} # never imported by an experiment
 
 def _digest(*parts): # 16 hex digits of a sha256 over texts and bytes, unambiguous at their borders
     h = hashlib.sha256()

@@ -72,7 +72,12 @@ def _stretch(result, method, span): # mean over a stretch, or None
     try: return select(result, dict(metric="nll", method=method, along="position", at=list(span)))
     except Missing: return None
 
-# %% ../../nbs/7_reproduction/report.ipynb #b3126864
+# %% ../../nbs/7_reproduction/report.ipynb #6f82353f
+def _others(result): # metric -> (its name, no mark)
+    count = Counter((r["metric"], r["method"], r["length"]) for r in result.rows)
+    unique = {m: all(n==1 for (k,*_),n in count.items() if k==m) for m,*_ in count if m not in _METRICS}
+    return {m: (m.replace("_", " "), None) for m,ok in unique.items() if ok}
+
 _METRICS = {"ppl": ("perplexity", 1.0), "accuracy": ("passkey accuracy, mean over depths", None)} # name, and the papers' mark
 
 def tables(result,      # a `Result`
@@ -81,13 +86,13 @@ def tables(result,      # a `Result`
     "The tables that a result can be read as; toy pictures have none."
     if any(r.get("position") is not None for r in result.rows): return [stretch_table(result)]
     out, c = [], trained_len(result)
-    for metric,(words,over) in _METRICS.items():
+    for metric,(words,over) in (_METRICS | _others(result)).items():
         lengths = _multiples(result, metric)
         if not lengths: continue
-        both = f"; below in grey the paper reports, at a trained length of {beside['pretrained_len']}" if beside.get("table") else ""
+        both = f"; below in grey the paper reports, at a trained length of {beside['pretrained_len']}" if beside.get("table") and metric=="ppl" else ""
         mark = "; red: more than 1.0 above plain RoPE at the trained length" if over else ""
         out.append(dict(caption=f"we measure: {words}; columns are multiples of the trained length, {c} tokens{both}{mark}",
-                        columns=[f"{x:g}x" for _,x in lengths], rows=length_rows(result, metric, beside, over)))
+                        columns=[f"{x:g}x" for _,x in lengths], rows=length_rows(result, metric, beside if metric=="ppl" else {}, over)))
     return out
 
 # %% ../../nbs/7_reproduction/report.ipynb #5eb8000e
