@@ -93,7 +93,7 @@ def test_length_breaks_the_plain_model_and_neither_method(tiny):
 
 @pytest.mark.parametrize("paper", sorted({a.paper for a in registry.artifacts().values()}))
 def test_every_claim_gets_a_verdict(paper, tiny):
-    for c in claims(paper):
+    for c in (c for c in claims(paper) if c.artifact in IDS):
         v = check_claim(c, load_result(tiny/c.artifact))
         assert v.status == "not comparable" if c.scope == "paper" else v.status in ("holds", "does not hold"), (c.id, v)
     assert paper_notes(paper)["findings"]

@@ -134,7 +134,7 @@ def _card(a, notes, said, figures): # one artifact
     counts = Counter(c["verdict"].status for r in results for c in r["claims"]) if results else Counter({"not run": len(said)})
     return dict(id=a.id, anchor=a.id.replace("/", "-"), title=a.title, summary=a.summary, results=results, counts=counts)
 
-# %% ../../nbs/7_reproduction/report.ipynb #f049e47f
+# %% ../../nbs/7_reproduction/report.ipynb #2fff3366
 def gather(figures:Path=None, # folder with one folder a profile; default `figures` of the checkout
           )->dict:            # all that the page shows
     "Papers, their artifacts, results and verdicts."
@@ -142,6 +142,7 @@ def gather(figures:Path=None, # folder with one folder a profile; default `figur
     for name in sorted({a.paper for a in artifacts().values()}):
         notes, said = paper_notes(name), claims(name)
         papers.append(dict(name=name, title=notes["title"], arxiv=notes["arxiv"], official_code=notes["official_code"], findings=notes.get("findings", []),
+                           later=[c for c in said if c.artifact not in artifacts()],
                            artifacts=[_card(a, notes, said, figures) for a in artifacts().values() if a.paper==name]))
     shown = [(a, r, c) for p in papers for a in p["artifacts"] for r in a["results"] for c in r["claims"]]
     fails = [dict(anchor=a["anchor"], profile=r["profile"], **c) for a,r,c in shown if c["verdict"].status=="does not hold"]
