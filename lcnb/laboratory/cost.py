@@ -6,7 +6,7 @@
 __all__ = ['SHAPES', 'BUILT_IN', 'STYLES', 'random_model', 'peak_bytes', 'attention', 'eval_cost', 'plot_cost']
 
 # %% ../../nbs/2_laboratory/cost.ipynb #co000004
-import contextlib, statistics, time
+import contextlib, os, statistics, time
 
 import torch
 
@@ -44,6 +44,7 @@ def _events(tree):
 
 def _cpu_peak(f):
     "Highest sum of bytes that torch's CPU allocator has given out during `f()`."
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99") # no word from the profiler on stderr
     from torch._C._profiler import _EventType
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()

@@ -6,7 +6,8 @@
 __all__ = ['KINDS', 'FIRST', 'SCHEMAS', 'CHOICES', 'TEMPLATES', 'TRUNCATE', 'METRICS', 'Question', 'told_story',
            'grammar_questions', 'split_input', 'schema_of', 'read_rows', 'read_questions', 'load_questions', 'Examples',
            'Template', 'fit_document', 'build_prompt', 'cut_answer', 'normalise', 'token_f1', 'option_letters',
-           'judgement', 'score_answers', 'answer_questions', 'eval_fewshot']
+           'judgement', 'score_answers', 'answer_questions', 'eval_fewshot', 'average_rows', 'score_table',
+           'own_questions', 'answer_table']
 
 # %% ../../nbs/2_laboratory/fewshot.ipynb #fs000004
 import ast, math, random, re, string
@@ -28,11 +29,11 @@ class Question:
     "A question about a document, and the answers that count as right."
     document:str     # as long as it is; the prompt cuts it
     question:str     # with its options, if it has any
-    references:tuple # of strings, at least one; a score is the best over them
+    references:tuple # of strings; a score is the best over them. Empty where nobody will score
     id:str=""        # where it comes from
 
 # %% ../../nbs/2_laboratory/fewshot.ipynb #fs000008
-KINDS = ("facts", "codes", "people")
+KINDS = ("facts", "keys", "codes", "people")
 FIRST = {"test": 3_000_000_000, "train": 4_000_000_000}  # numbers of the first stories; language models are trained on none of them
 
 def told_story(number:int,  # of the story
@@ -59,7 +60,14 @@ def _topics(world, kind):
     for t in world.told: by.setdefault(t[1], []).append(t)
     return [ts[:3] for ts in by.values() if len(ts) > 1 and ts[0][0] != "code"]
 
-def grammar_questions(kind:str,         # facts, codes or people
+def _hide_key(text, rng):
+    "The story with a pass key between two of its sentences, the question, and the answer."
+    sentences, key = re.split(r"(?<=[.?!])\s+", text), rng.randint(10000, 99999)
+    sentences.insert(rng.randrange(len(sentences) + 1), grammar.PASSKEY_STATEMENT.format(key=key))
+    question, _, answer = grammar.PASSKEY_QUESTION.partition("? ")
+    return " ".join(sentences), question + "?", f"{answer} {key}."
+
+def grammar_questions(kind:str,         # facts, keys, codes or people
                       split:str="test", # test or train
                       n_words:int=150,  # length of a story, at least
                       seed:int=0,       # which stories
@@ -71,7 +79,10 @@ def grammar_questions(kind:str,         # facts, codes or people
     while True:
         text, world = told_story(number, positive_int("n_words", n_words))
         rng = random.Random(f"question {number}")
-        if topics := _topics(world, kind):
+        if kind == "keys":
+            text, question, answer = _hide_key(text, rng)
+            yield Question(text, question, (answer,), f"story {number}")
+        elif topics := _topics(world, kind):
             asked, answers = zip(*(_asked(world, *t) for t in rng.choice(topics)))
             yield Question(text, " ".join(asked), (" ".join(answers),), f"story {number}")
         number += 1
@@ -369,3 +380,62 @@ def eval_fewshot(model,                  # a causal language model, extended or 
     for m in metrics: scores |= score_answers(answers, [q.references for q in questions], m)
     about = dict(length=max_tokens, seed=options.get("seed", 0), n_shots=options.get("n_shots", 0), example_choice=options.get("example_choice", "random"))
     return [{**(columns or {}), **about, "metric": m, "value": v, "n": len(questions)} for m, v in scores.items()]
+
+# %% ../../nbs/2_laboratory/fewshot.ipynb #fs000061
+def average_rows(rows:list,    # of `eval_fewshot`
+                 metrics:dict, # data set -> its own metric
+                )->list:       # one row, metric `average`, for each method and length
+    "Mean over data sets of their own scores (DCA, Tables 3 and 4, last column)."
+    groups = {}
+    for r in rows:
+        if metrics.get(r["dataset"]) == r["metric"]: groups.setdefault((r["method"], r["length"]), []).append(r)
+    about = lambda rs: {k: rs[0][k] for k in ("method", "model", "revision", "length", "seed") if k in rs[0]}
+    return [about(rs) | dict(dataset="average", metric="average", value=sum(r["value"] for r in rs)/len(rs), n=sum(r["n"] for r in rs)) for rs in groups.values()]
+
+def score_table(rows:list,       # of `eval_fewshot` and `average_rows`
+                metrics:dict,    # data set -> its own metric
+                by:str=None,     # a further column that tells lines apart, like example_choice
+               )->str:           # Markdown
+    "Scores in percent: methods and lengths by data sets."
+    metrics = metrics | ({"average": "average"} if any(r["metric"] == "average" for r in rows) else {})
+    cells = {(r["method"], r["length"], r.get(by), r["dataset"]): r["value"] for r in rows if metrics.get(r["dataset"]) == r["metric"]}
+    lines = [["method", "prompt", *([by] if by else []), *(d if d == "average" else f"{d} ({m})" for d, m in metrics.items())]]
+    lines.append(["---"]*len(lines[0]))
+    for m, n, b in dict.fromkeys(k[:3] for k in cells):
+        lines.append([m, str(n), *([str(b)] if by else []), *(f"{cells[m, n, b, d]:.1f}" if (m, n, b, d) in cells else "" for d in metrics)])
+    return "\n".join("| " + " | ".join(l) + " |" for l in lines)
+
+# %% ../../nbs/2_laboratory/fewshot.ipynb #fs000064
+def own_questions(document:str="grammar", # a text file, or `grammar` for a story
+                  questions:list=(),      # strings; none: those that come with the story
+                  n:int=6,                # questions about a story
+                  n_words:int=680,        # of a story
+                  seed:int=0,             # which story
+                 )->list:                 # of `Question`
+    "Several questions about one document (DCA, Tables 6 and 7)."
+    if document != "grammar":
+        path = Path(document).expanduser()
+        require(path.is_file(), "document", document, "a text file that exists, or grammar")
+        require(questions, "questions", list(questions), "at least one question about the document")
+        try: text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError: raise InputError(f"document={document!r}: must be UTF-8 text") from None
+        return [Question(text, str(q), (), path.name) for q in questions]
+    text, world = told_story(FIRST["test"] + positive_int("seed", seed, 0), positive_int("story_words", n_words))
+    if questions: return [Question(text, str(q), (), "grammar") for q in questions]
+    topics = [t for kind in ("facts", "codes") for t in _topics(world, kind)]
+    some = random.Random(f"own {seed}").sample(topics, min(positive_int("n_questions", n), len(topics)))
+    return [Question(text, q, (a,), "grammar") for q, a in (_asked(world, *t[0]) for t in some)]
+
+def answer_table(rows:list,   # with `method`, `length`, `question` and `answer`
+                 asked:list,  # of `Question`
+                )->str:       # Markdown
+    "Questions by methods, the story's own answer first if there is one."
+    clean = lambda s: " ".join(s.split()).replace("|", "\\|") or "(nothing)"
+    heads = list(dict.fromkeys((r["method"], r["length"]) for r in rows))
+    name = lambda m, n: m if len({k for _, k in heads}) == 1 else f"{m}, {n}"
+    told = any(q.references for q in asked)
+    lines = [["question", *(["the story says"] if told else []), *(name(*h) for h in heads)]]
+    lines.append(["---"]*len(lines[0]))
+    got = {(r["method"], r["length"], r["question"]): r["answer"] for r in rows}
+    for q in asked: lines.append([clean(q.question), *([clean(q.references[0]) if q.references else ""] if told else []), *(clean(got[(*h, q.question)]) for h in heads)])
+    return "\n".join("| " + " | ".join(l) + " |" for l in lines)
