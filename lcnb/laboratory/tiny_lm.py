@@ -6,12 +6,12 @@
 __all__ = ['CONTEXT', 'CURRICULUM', 'new_model', 'Sequences', 'body', 'with_passkey', 'answer_weights', 'sequence',
            'weighted_loss', 'optimisers', 'rate', 'held_out', 'save', 'phase', 'learn', 'train', 'main']
 
-# %% ../../nbs/2_laboratory/tiny_lm.ipynb #1553d9fc
+# %% ../../nbs/2_laboratory/tiny_lm.ipynb #bf89ec65
 import argparse, csv, itertools, random, shutil, sys, tempfile, time
 from pathlib import Path
 import torch
 from ..foundations.checks import InputError, positive_int, require
-from .grammar import (CASTS, FACTS, LEXICON, PASSKEY_FILLER, PASSKEY_INTRO, PASSKEY_QUESTION, PASSKEY_STATEMENT,
+from .grammar import (CASTS, PASSKEY_FILLER, PASSKEY_INTRO, PASSKEY_QUESTION, PASSKEY_STATEMENT,
                                      World, build_tokenizer, sentences)
 
 # %% ../../nbs/2_laboratory/tiny_lm.ipynb #b240a229
@@ -36,12 +36,12 @@ def new_model(seed:int=0,          # of the initial weights
         with torch.no_grad(): p.copy_(torch.randn(p.shape, generator=g)*std)
     return model
 
-# %% ../../nbs/2_laboratory/tiny_lm.ipynb #e4065643
+# %% ../../nbs/2_laboratory/tiny_lm.ipynb #70a1b8a5
 class Sequences:
     "Endless training sequences of token ids, reproducible from the seed."
     def __init__(self,
                  seed,               # of the stories and of every choice
-                 passkey:float=.7,   # share of sequences with a passkey
+                 passkey:float=.85,  # share of sequences with a passkey
                  filler:float=.25,   # share of those that use the papers' filler
                  no_bos:float=0.,    # share of sequences without the begin token
                 ):
@@ -49,8 +49,7 @@ class Sequences:
         self.passkey, self.filler, self.no_bos = passkey, filler, no_bos
         pieces = [self.tok.decode(i) for i in range(len(self.tok))]
         self.words = [i for i, p in enumerate(pieces) if len(p) > 1 and i > 2]  # every piece that is not a byte
-        values = {" " + v for kind in FACTS for v in LEXICON[kind]}             # what can be known about a person
-        self.known = [p in values or p.strip().isdecimal() and p.isascii() for p in pieces] # a value, or digits
+        self.number = [p.strip().isdecimal() and p.isascii() for p in pieces]   # digits, perhaps after a space
         self.opens = [p[:1] == " " for p in pieces]                             # begins a word or number
         self.cache = {}
 
@@ -61,7 +60,7 @@ class Sequences:
             self.cache[text] = self.tok(" " + text, add_special_tokens=False).input_ids
         return self.cache[text]
 
-# %% ../../nbs/2_laboratory/tiny_lm.ipynb #c73ef485
+# %% ../../nbs/2_laboratory/tiny_lm.ipynb #395e9bbd
 def body(data,        # `Sequences`
          n:int,       # tokens
          filler:bool, # the papers' filler instead of a story
@@ -70,7 +69,7 @@ def body(data,        # `Sequences`
     rng, ids, starts = data.rng, [], []
     said = [s.strip() + "." for s in PASSKEY_FILLER.split(".") if s.strip()]
     if rng.random() < .3: rng.shuffle(said)
-    source = itertools.islice(itertools.cycle(said), rng.randrange(5), None) if filler else sentences(World(rng, rng.choice([k for k in CASTS if k <= max(3, n//12)])))
+    source = itertools.islice(itertools.cycle(said), rng.randrange(5), None) if filler else sentences(World(rng, rng.choice(CASTS)))
     cut = rng.choice((0, rng.randrange(1, 20)))
     while len(ids) < n + cut:
         starts.append(len(ids))
@@ -94,17 +93,17 @@ def with_passkey(data,        # `Sequences`
     to = at + round(asked*(len(text) - at))
     return first + text[:at] + state + text[at:to] + ask + text[to:]
 
-# %% ../../nbs/2_laboratory/tiny_lm.ipynb #b33e1bf0
+# %% ../../nbs/2_laboratory/tiny_lm.ipynb #c87fab9a
 def answer_weights(data,             # `Sequences`
                    ids:list,         # one sequence
-                   answer:float=4.,  # weight of a number or value told before
+                   answer:float=4.,  # weight of a number told before
                    fresh:float=.1,   # weight of a new one
                   )->list:           # weight of each id as a target
-    "Weigh each number and each value of a sequence by whether it was told before."
+    "Weigh each number of a sequence by whether it was told before."
     weights, seen, i = [1.]*len(ids), set(), 0
     while i < len(ids):
         j = i
-        while j < len(ids) and data.known[ids[j]] and (j == i or not data.opens[ids[j]]): j += 1
+        while j < len(ids) and data.number[ids[j]] and (j == i or not data.opens[ids[j]]): j += 1
         weights[i:j] = [answer if tuple(ids[i:j]) in seen else fresh]*(j - i)
         seen.add(tuple(ids[i:j]))
         i = max(j, i + 1)
