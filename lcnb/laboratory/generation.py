@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['LEVELS', 'PLAIN_MLP', 'continue_greedy', 'truncate', 'continue_truncated', 'Truncated', 'bleu', 'rouge_l',
            'continue_batched', 'decode', 'eval_generation', 'eval_milestone_ppl', 'cost_weights', 'cost_head',
-           'cost_attention', 'cost_full', 'cost_lm_infinite', 'cost_truncation']
+           'cost_attention', 'cost_full', 'cost_lm_infinite', 'cost_truncation', 'plot_by_length', 'plot_sweep',
+           'interval_name', 'plot_trade_off']
 
-# %% ../../nbs/2_laboratory/generation.ipynb #89146755
+# %% ../../nbs/2_laboratory/generation.ipynb #397ddc77
 import math
 
 import torch
 from torch import Tensor
 
 from ..foundations.checks import InputError, positive_int, require
+from .plots import _axes, _finish, _groups, _length_axis, _mean, _trained, palette
 from .protocols import _check_docs, eval_nll_curve
 
 # %% ../../nbs/2_laboratory/generation.ipynb #69a9ab6d
@@ -237,3 +239,57 @@ def cost_truncation(config,
     every = max(1, window//2) if every is None else positive_int("every", every)
     require(every <= window, "every", every, f"at most the window {window}")
     return (window*cost_weights(config) + cost_attention(config, window*(window+1)//2))/every + cost_head(config)
+
+# %% ../../nbs/2_laboratory/generation.ipynb #3716515b
+def plot_by_length(rows,                    # tidy rows
+                   metric:str,              # which of them
+                   words:str,               # name of the y axis
+                   ax=None,                 # matplotlib axes; new ones if None
+                   pretrained_len:int=None, # tokens; draws the trained length
+                   legend:bool=True,        # off where a neighbour has the same one
+                  ):                        # the axes
+    "A metric by milestone, a line a method."
+    groups, ax = _groups(rows, metric), _axes(ax)
+    for m, style in palette(groups).items():
+        x, mean, *_ = _mean(groups[m], "length")
+        ax.plot(x, mean, linewidth=1.5, markersize=5, **style)
+    _trained(ax, pretrained_len)
+    _length_axis(ax, [r["length"] for g in groups.values() for r in g], "tokens before the continuation")
+    ax.set_ylim(bottom=0); ax.set_ylabel(words)
+    return _finish(ax, len(groups), legend)
+
+def plot_sweep(rows,        # tidy rows
+               metric:str,  # which of them
+               key:str,     # the column that was swept
+               x_words:str, # name of the x axis
+               words:str,   # name of the y axis
+               ax=None,     # matplotlib axes; new ones if None
+              ):            # the axes
+    "A metric by a swept parameter, a line a length."
+    groups, ax = _groups(rows, metric, "length"), _axes(ax, (5, 3.2))
+    ticks = sorted({float(r[key]) for g in groups.values() for r in g})
+    for shade, (n, mine) in zip(palette(map(str, groups)).values(), groups.items()):
+        x, mean, *_ = _mean(mine, key)
+        ax.plot([ticks.index(v) for v in x], mean, "o-", linewidth=1.5, markersize=5, color=shade["color"], clip_on=False, label=f"{int(n):,} tokens")
+    ax.set_xticks(range(len(ticks)), [f"{v:g}" for v in ticks])
+    ax.set_xlabel(x_words); ax.set_ylabel(words)
+    return _finish(ax, len(groups), True)
+
+def interval_name(share:float, # tokens between two encodings, as a share of the window; 0 = one token
+                 )->str:
+    "How rows name truncation with that interval."
+    return "truncation each token" if share == 0 else f"truncation w/{1/share:g}"
+
+def plot_trade_off(rows,    # tidy rows with the metrics `bleu` and `flops`, by method and window
+                   ax=None, # matplotlib axes; new ones if None
+                  ):        # the axes
+    "BLEU over compute, a line a method, a point a window (as LM-Infinite's Figure 6)."
+    score, cost, ax = _groups(rows, "bleu"), _groups(rows, "flops"), _axes(ax)
+    for m, style in palette(score).items():
+        cheap = {r["window"]: float(r["value"]) for r in cost[m]}
+        points = sorted((cheap[r["window"]], float(r["value"]), r["window"]) for r in score[m])
+        ax.plot([p[0] for p in points], [p[1] for p in points], linewidth=1.5, markersize=5, **style)
+        for x, y, w in points: ax.annotate(f"{w:,}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7, color=style["color"])
+    ax.set_xscale("log"); ax.set_ylim(bottom=0)
+    ax.set_xlabel("FLOPs per written token (window in tokens beside the point)"); ax.set_ylabel("BLEU (0 to 100)")
+    return _finish(ax, len(score), True)
