@@ -178,7 +178,7 @@ def _check_printed(claim, result): # a value against the printed one
         if spec.get(k)!=want[k]: return Verdict("not comparable", f"made with {k} {spec.get(k)!r}; the paper's is {want[k]!r}")
     cells = [r for r in published(want["paper"], want["table"]) if all(r[k]==v for k,v in want["cell"].items())]
     if len(cells)!=1: raise ValueError(f"{claim.id}: {len(cells)} printed cells fit {want['cell']}")
-    try: ours = select(result, {k: claim.check[k] for k in ("metric","method","at","where","agg") if k in claim.check})
+    try: ours = claim.check.get("times", 1)*select(result, {k: claim.check[k] for k in ("metric","method","at","where","agg") if k in claim.check})
     except Missing as e: return Verdict("not run", str(e))
     theirs, tol = cells[0]["printed"], want["tol"]
     if theirs.kind=="above": return Verdict("holds" if ours>theirs.value else "does not hold", f"{ours:.4g}, printed {theirs.text}")

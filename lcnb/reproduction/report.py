@@ -25,33 +25,37 @@ def show_number(v, # a number or None
     return f"{v:.0f}" if abs(v)>=1000 else f"{v:.3g}" if abs(v)>=100 else f"{v:.2f}"
 
 # %% ../../nbs/7_reproduction/report.ipynb #ee05b6c5
-def _multiples(result, metric): # the lengths measured, as (tokens, multiple of the trained length)
-    c = trained_len(result)
-    return [(n, n/c) for n in sorted({r["length"] for r in result.rows if r["metric"]==metric})]
+def _columns(result, metric, beside): # (name, selection) of each column: multiples of the trained length, or values of what was swept
+    c, along = trained_len(result), beside.get("along")
+    of = lambda k: sorted({r[k] for r in result.rows if r["metric"]==metric and r.get(k) is not None})
+    return [(x, dict(where={along: x})) for x in of(along)] if along else [(n/c, dict(at=n/c)) for n in of("length")]
 
-def _ours(result, metric, method, at): # mean over what else varies, or None
-    try: return select(result, dict(metric=metric, method=method, at=at))
+def _ours(result, metric, method, sel, beside={}): # mean over what else varies, or None
+    try: return select(result, dict(metric=metric, method=method) | sel | dict(where=beside.get("ours", {}) | sel.get("where", {})))
     except Missing: return None
 
-def _theirs(beside): # (the paper's row name, multiple) -> printed text
-    if not beside.get("table"): return {}
-    rows = published(beside["paper"], beside["table"])
-    return {(r["model"], r["tokens"]/beside["pretrained_len"]): r["printed"].text for r in rows if r["tokens"]}
+def _theirs(beside, metric): # (the paper's row name, column) -> printed text
+    if metric not in beside.get("metrics", ["ppl"]) or not beside.get("table"): return {}
+    only, by = dict(beside.get("where", {})), beside.get("by", "model")
+    if isinstance(beside.get("metrics"), dict) and beside["metrics"][metric]: only["metric"] = beside["metrics"][metric]
+    rows = [r for r in published(beside["paper"], beside["table"]) if all(r[k]==v for k,v in only.items())]
+    if "along" in beside: return {(r[by], float(r["metric"].rpartition("=")[2])/beside.get("unit", 1)): r["printed"].text for r in rows if "=" in r["metric"]}
+    return {(r[by], r["tokens"]/beside["pretrained_len"]): r["printed"].text for r in rows if r["tokens"]}
 
 # %% ../../nbs/7_reproduction/report.ipynb #faa40594
 def length_rows(result,   # a `Result`
                 metric:str, # which of its metrics
-                beside:dict, # `table`, `pretrained_len`, `rows`, `paper`; or empty
+                beside:dict, # `paper`, `table`, `rows` and how to read it: `pretrained_len` or `along` and `unit`, `metrics`, `where`, `by`, `ours`; or empty
                 over:float=None, # mark what exceeds plain RoPE at the trained length by more than this
                )->list:   # rows of `{name, paper_name, cells: [{ours, paper, over}]}`
-    "Methods by multiples of the trained length, with the paper's printed values."
-    theirs, base = _theirs(beside), _ours(result, metric, "rope", 1)
+    "Methods by multiples of the trained length, or by what was swept, with the paper's printed values."
+    theirs, base = _theirs(beside, metric), _ours(result, metric, "rope", dict(at=1), beside)
     out = []
     for m in dict.fromkeys(r["method"] for r in result.rows if r["metric"]==metric):
         name, cells = beside.get("rows", {}).get(m) if theirs else None, []
-        for _,at in _multiples(result, metric):
-            v = _ours(result, metric, m, at)
-            cells.append(dict(ours=show_number(v), paper=theirs.get((name, at), ""), over=None not in (over, base, v) and not v<=base+over))
+        for x,sel in _columns(result, metric, beside):
+            v = _ours(result, metric, m, sel, beside)
+            cells.append(dict(ours=show_number(v), paper=theirs.get((name, x), ""), over=None not in (over, base, v) and not v<=base+over))
         out.append(dict(name=m, paper_name=name, cells=cells))
     return out
 
@@ -85,14 +89,17 @@ def tables(result,      # a `Result`
           )->list:      # of `{caption, columns, rows}`
     "The tables that a result can be read as; toy pictures have none."
     if any(r.get("position") is not None for r in result.rows): return [stretch_table(result)]
-    out, c = [], trained_len(result)
-    for metric,(words,over) in (_METRICS | _others(result)).items():
-        lengths = _multiples(result, metric)
-        if not lengths: continue
-        both = f"; below in grey the paper reports, at a trained length of {beside['pretrained_len']}" if beside.get("table") and metric=="ppl" else ""
+    out, c, along = [], trained_len(result), beside.get("along")
+    known = _METRICS | _others(result)
+    known = {m: known.get(m, (m, None)) for m in beside["metrics"]} if along else known
+    for metric,(words,over) in known.items():
+        columns = _columns(result, metric, beside)
+        if not columns: continue
+        where = "" if along else f", at a trained length of {beside.get('pretrained_len')}"
+        both = f"; below in grey the paper reports{where}" if _theirs(beside, metric) else ""
         mark = "; red: more than 1.0 above plain RoPE at the trained length" if over else ""
-        out.append(dict(caption=f"we measure: {words}; columns are multiples of the trained length, {c} tokens{both}{mark}",
-                        columns=[f"{x:g}x" for _,x in lengths], rows=length_rows(result, metric, beside if metric=="ppl" else {}, over)))
+        out.append(dict(caption=f"we measure: {words}; columns are {f'values of {along}' if along else f'multiples of the trained length, {c} tokens'}{both}{mark}",
+                        columns=[f"{x:g}{'' if along else 'x'}" for x,_ in columns], rows=length_rows(result, metric, beside, over)))
     return out
 
 # %% ../../nbs/7_reproduction/report.ipynb #5eb8000e
