@@ -16,6 +16,7 @@ from .models import DTYPES, pick_device
 # %% ../../nbs/2_laboratory/cost.ipynb #co000006
 SHAPES = { # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size
     "one-layer":  (256, 688, 1, 4, 4, 1000),
+    "small":      (256, 688, 4, 4, 4, 1000),
     "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
     "llama-2-7b-layer": (4096, 11008, 1, 32, 32, 32000)}
 

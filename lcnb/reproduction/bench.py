@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Line', 'compare', 'prefill', 'filled', 'stepper', 'cache_bytes', 'table', 'main']
 
-# %% ../../nbs/7_reproduction/bench.ipynb #e3432894
+# %% ../../nbs/7_reproduction/bench.ipynb #dd1df2dc
 import argparse
 import csv
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ import torch
 from ..foundations.attention import attend, choose_backend, plain
 from ..foundations.checks import positive_int, require
 from ..foundations.rope import rope
-from ..laboratory.shapes import shape_model
+from ..laboratory.cost import random_model
 from ..methods import dca, extend, lm_infinite
 from .registry import home
 from .run import git_state, hardware, versions
@@ -93,12 +93,12 @@ def cache_bytes(cache)->int: # bytes
     "What a cache's tensors take."
     return sum(t.nbytes for l in cache.layers for t in (l.keys, l.values))
 
-# %% ../../nbs/7_reproduction/bench.ipynb #56d728d5
+# %% ../../nbs/7_reproduction/bench.ipynb #da219475
 def _decode_lines(cuda, n, repeats):
     "DCA and LM-Infinite against the plain model, one token after n cached ones."
     from transformers import DynamicCache
-    shape = ("llama-2-7b", "bfloat16", "cuda") if cuda else ("small", "float32", "cpu")
-    model, twin, c = shape_model(*shape), shape_model(*shape), 4096
+    shape = ("llama-2-7b", 4096, "bfloat16", "cuda") if cuda else ("small", 4096, "float32", "cpu")
+    model, twin, c = random_model(*shape), random_model(*shape), 4096
     setting = f"cache of {n}, {'Llama-2-7B shape, bfloat16' if cuda else '4 layers, 4 heads of 64, float32'}"
     with torch.no_grad():
         full = filled(twin, DynamicCache(config=twin.config), n)
