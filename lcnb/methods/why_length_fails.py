@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['BEGINS', 'packing_bound', 'keep_apart', 'rope_coordinates', 'entropy', 'entropy_bound', 'row_logits', 'logit_stats',
            'probe_attention', 'eval_attention', 'entropy_slope', 'plot_attention', 'hidden_states', 'pca', 'hidden_pca',
-           'separation', 'separability', 'eval_pca', 'plot_pca', 'positions_bar', 'plot_separation', 'plot_pca_layers']
+           'separation', 'separability', 'eval_pca', 'plot_pca', 'positions_bar', 'plot_separation', 'plot_pca_layers',
+           'middles']
 
-# %% ../../nbs/3_methods/why_length_fails.ipynb #f7489a41
+# %% ../../nbs/3_methods/why_length_fails.ipynb #14b7e825
 import math
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..foundations.attention import Plan, frequencies, plain
 from ..foundations.checks import positive_int, require
 from ..foundations.rope import Rope
+from ..laboratory.corpora import token_windows
 from ..laboratory.plots import _axes, _finish, _trained, palette
 from .extend import extend
 
@@ -50,12 +52,11 @@ def rope_coordinates(rope:Rope, # a rotary embedding
     cos, sin = rope.tables(d, torch.float64)
     return torch.cat((cos, sin), -1) * len(rope.inv_freq)**-.5
 
-# %% ../../nbs/3_methods/why_length_fails.ipynb #fef267ae
+# %% ../../nbs/3_methods/why_length_fails.ipynb #59d44c78
 def entropy(logits:Tensor, # `(...,n)`, -inf where hidden
            )->Tensor:      # `(...)` nats
-    "Entropy of softmax(logits), H = lse - sum p w (LM-Infinite, sec. 3)."
-    p = logits.softmax(-1)
-    return logits.logsumexp(-1) - (p * logits.masked_fill(p == 0, 0.)).sum(-1)
+    "Entropy of softmax(logits), -sum p ln p (LM-Infinite, sec. 3)."
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 def entropy_bound(n:int,    # keys
                   B:float,  # logits lie in [-B,B]
@@ -101,7 +102,7 @@ def _only_best(s, k):
     "Hide all but the k largest of each row; all stay for k=0."
     return s if not k else torch.full_like(s, -math.inf).scatter(-1, *(t for t in reversed(s.topk(min(k, s.shape[-1]), -1))))
 
-# %% ../../nbs/3_methods/why_length_fails.ipynb #c20f55f0
+# %% ../../nbs/3_methods/why_length_fails.ipynb #bfe5f07d
 def logit_stats(logits:Tensor, # `(b,h,r,m)`, -inf where hidden
                )->dict:        # `max_logit`, `entropy` `(b,h,r)` and `n_visible` `(r,)`, on the CPU
     "Largest logit, entropy in nats and number of visible keys of each row (LM-Infinite, Figure 1)."
@@ -118,6 +119,7 @@ def probe_attention(model,       # a Hugging Face decoder, not extended
                     budget:int=2**24,      # logits in memory at once
                    )->dict:      # `max_logit`, `entropy` `(layers,b,heads,r)` float32; `n_visible` `(layers,r)`; `layers`
     "Attention logits and entropies of chosen queries, per layer and head (LM-Infinite, Figure 1), without an (n,n) matrix."
+    require(ids.dim() == 2, "ids", tuple(ids.shape), "of two dimensions, (batch, tokens)")
     rows, (b, n), found = torch.as_tensor(rows).long().cpu(), ids.shape, {}
     require(len(rows) > 0 and 0 <= int(rows.min()) and int(rows.max()) < n, "rows", [*rows[:3].tolist(), "..."], f"positions from 0 to {n-1}")
     with extend(model, plan) as handle:
@@ -380,3 +382,14 @@ def plot_pca_layers(rows,          # tidy rows of `eval_pca`
         plot_separation(rows, begin, line[-1], legend=begin == begins[0])
     positions_bar(axes[0, 0], list(axes[:, len(layers)-1]))
     return fig
+
+# %% ../../nbs/3_methods/why_length_fails.ipynb #c9ad1be9
+def middles(corpus,      # from `load_corpus`
+            tokenizer,   # of Hugging Face
+            length:int,  # tokens of a sequence
+            n_docs:int,  # sequences
+            skip:int,    # tokens left out before it
+            seed:int=0,  # which documents, or where in them
+           )->list:      # `n_docs` int64 vectors of `length` tokens
+    "Sequences that begin in mid-text."
+    return [d[skip:] for d in token_windows(corpus, tokenizer, length + positive_int("skip", skip, 0), n_docs, seed)]
