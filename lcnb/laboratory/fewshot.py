@@ -366,6 +366,12 @@ def answer_questions(model,                  # a causal language model, extended
     return [cut_answer(tokenizer.decode(ids, skip_special_tokens=True), q.question, template) for ids, q in zip(new, questions)]
 
 # %% ../../nbs/2_laboratory/fewshot.ipynb #fs000044
+def _copied(answers, questions, examples, n_shots, example_choice="random", seed=0):
+    "Percent of answers that are, word for word, the answer of an example in their own prompt and not right by that."
+    shown = [{normalise(a) for _, a in examples.choose(q.question, n_shots, example_choice, seed)} for q in questions]
+    hits = [normalise(a) in s and normalise(a) not in {normalise(r) for r in q.references} for a, s, q in zip(answers, shown, questions)]
+    return 100*sum(hits)/len(hits)
+
 def eval_fewshot(model,                  # a causal language model, extended or not
                  tokenizer,              # its tokenizer
                  questions:list,         # of `Question`
@@ -374,10 +380,11 @@ def eval_fewshot(model,                  # a causal language model, extended or 
                  columns:dict=None,      # constant columns of the rows
                  **options,              # of `answer_questions`
                 )->list:                 # rows, in percent; n = questions
-    "Question answering about documents (DCA, Tables 3 to 5). Scored: every question once, its best reference."
+    "Question answering about documents (DCA, Tables 3 to 5). Scored: every question once, its best reference; `copied` if there were examples."
     answers = answer_questions(model, tokenizer, questions, max_tokens=max_tokens, **options)
     scores = {}
     for m in metrics: scores |= score_answers(answers, [q.references for q in questions], m)
+    if options.get("n_shots"): scores["copied"] = _copied(answers, questions, **{k: options[k] for k in ("examples", "n_shots", "example_choice", "seed") if k in options})
     about = dict(length=max_tokens, seed=options.get("seed", 0), n_shots=options.get("n_shots", 0), example_choice=options.get("example_choice", "random"))
     return [{**(columns or {}), **about, "metric": m, "value": v, "n": len(questions)} for m, v in scores.items()]
 
