@@ -64,7 +64,7 @@ def entropy_bound(n:int,    # keys
     "The least that the entropy can be (LM-Infinite, Proposition 1), ln n - 2B; 0 where that is negative."
     return max(0., math.log(positive_int("n", n)) - 2*B)
 
-# %% ../../nbs/3_methods/why_length_fails.ipynb #97627faf
+# %% ../../nbs/3_methods/why_length_fails.ipynb #31cf53f7
 def row_logits(plan:Plan,   # any
                q:Tensor,    # `(b,h,n,d)` queries, the last n positions
                k:Tensor,    # `(b,hk,m,d)` keys, hk divides h
@@ -94,6 +94,7 @@ def row_logits(plan:Plan,   # any
         logits[..., j] = torch.where(s > -math.inf, s, logits[..., j])
     return logits
 
+# %% ../../nbs/3_methods/why_length_fails.ipynb #bd102658
 def _scores(q, k):
     "Products of `(b,h,r,d)` with `(b,hk,m,d)`, `(b,h,r,m)`, without copying keys."
     return (q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].transpose(-1, -2)).flatten(1, 2)
@@ -102,7 +103,7 @@ def _only_best(s, k):
     "Hide all but the k largest of each row; all stay for k=0."
     return s if not k else torch.full_like(s, -math.inf).scatter(-1, *(t for t in reversed(s.topk(min(k, s.shape[-1]), -1))))
 
-# %% ../../nbs/3_methods/why_length_fails.ipynb #bfe5f07d
+# %% ../../nbs/3_methods/why_length_fails.ipynb #25df63ab
 def logit_stats(logits:Tensor, # `(b,h,r,m)`, -inf where hidden
                )->dict:        # `max_logit`, `entropy` `(b,h,r)` and `n_visible` `(r,)`, on the CPU
     "Largest logit, entropy in nats and number of visible keys of each row (LM-Infinite, Figure 1)."
@@ -134,13 +135,14 @@ def probe_attention(model,       # a Hugging Face decoder, not extended
         getattr(model, "base_model", model)(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
     return {key: torch.stack([found[l][key] for l in wanted]) for key in ("max_logit", "entropy", "n_visible")} | dict(layers=wanted)
 
+# %% ../../nbs/3_methods/why_length_fails.ipynb #b75a4003
 def _layers(layers, first, last):
     "The layers asked for, or all; `InputError` for those that the model does not have."
     layers = [*range(first, last+1)] if layers is None else [*layers]
     require(layers and all(isinstance(l, int) and first <= l <= last for l in layers), "layers", layers, f"layers of the model, {first} to {last}")
     return layers
 
-# %% ../../nbs/3_methods/why_length_fails.ipynb #4dcdd366
+# %% ../../nbs/3_methods/why_length_fails.ipynb #a9b9ff44
 def eval_attention(model,               # a Hugging Face decoder, not extended
                    plan:Plan,           # what it attends under
                    docs:list,           # int64 vectors, each at least as long as the longest length
@@ -167,12 +169,14 @@ def eval_attention(model,               # a Hugging Face decoder, not extended
              for i, m in enumerate(lengths) if trained is not None and m > pretrained_len]
     return rows + entropy_slope(rows, pretrained_len)
 
+# %% ../../nbs/3_methods/why_length_fails.ipynb #cc21540f
 def _with_bos(ids, bos_id):
     "`(1,n)`, the first token replaced."
     ids = torch.as_tensor(ids).long()[None].clone()
     if bos_id is not None: ids[:, 0] = bos_id
     return ids
 
+# %% ../../nbs/3_methods/why_length_fails.ipynb #b2b5bae9
 def _trained_max(model, texts, at, c, layers):
     "The largest logit of each head of the plain model at queries within the trained length, `(layers,1,heads,1)`; None without such queries."
     at = at[at < c]
@@ -193,7 +197,7 @@ def entropy_slope(rows:list,          # tidy rows of one method, with the metric
     same = {k: v for k, v in mine[0].items() if k not in ("layer", "head")}
     return [same | dict(length=lengths[-1], metric="entropy_slope", value=slope.item(), n=len(mine))]
 
-# %% ../../nbs/3_methods/why_length_fails.ipynb #e91f6561
+# %% ../../nbs/3_methods/why_length_fails.ipynb #2c7c90db
 def _by_length(rows, metric):
     "Lengths, mean and standard deviation over layers and heads."
     values = {}
@@ -203,6 +207,7 @@ def _by_length(rows, metric):
     x = [torch.tensor(values[n], dtype=torch.float64) for n in ns]
     return ns, torch.stack([v.mean() for v in x]), torch.stack([v.std(correction=0) for v in x])
 
+# %% ../../nbs/3_methods/why_length_fails.ipynb #2f69240c
 def plot_attention(rows,                    # tidy rows of `eval_attention`
                    metric:str,              # `max_logit` or `entropy`
                    ax=None,                 # matplotlib axes; new ones if None
@@ -229,7 +234,7 @@ def plot_attention(rows,                    # tidy rows of `eval_attention`
     if legend: ax.set_ylim(low, high + .32*(high-low)); ax.legend(frameon=False, fontsize=8, loc="upper left")
     return ax
 
-# %% ../../nbs/3_methods/why_length_fails.ipynb #e1e4cfea
+# %% ../../nbs/3_methods/why_length_fails.ipynb #605a4b82
 @torch.no_grad()
 def hidden_states(model,          # a Hugging Face decoder, extended or not
                   ids:Tensor,     # int64 `(b,n)`
@@ -243,6 +248,7 @@ def hidden_states(model,          # a Hugging Face decoder, extended or not
         for l in layers: kept.setdefault(l, []).append(states[l][0].float().cpu())
     return {l: torch.stack(x) for l, x in kept.items()}
 
+# %% ../../nbs/3_methods/why_length_fails.ipynb #e566e7e9
 def pca(x:Tensor,        # `(...,d)` points
         n_components:int=2, # how many
        )->tuple[Tensor, Tensor]: # `(...,n_components)` float64 coordinates, `(n_components,)` share of the variance
@@ -315,7 +321,7 @@ def eval_pca(model,          # a Hugging Face decoder, extended or not
         rows += [row("separation_at", d, len(ids), position=p) for p, d in enumerate(separation(points, 4*n_first, n_first)[:-1])]
     return rows
 
-# %% ../../nbs/3_methods/why_length_fails.ipynb #4fba516f
+# %% ../../nbs/3_methods/why_length_fails.ipynb #09edde87
 def plot_pca(rows,              # tidy rows of `eval_pca`
              layer:int,         # which
              begin:str="bos",   # of sequences that begin with the begin token, or with "text"
@@ -338,6 +344,7 @@ def plot_pca(rows,              # tidy rows of `eval_pca`
     if colorbar: positions_bar(ax)
     return ax
 
+# %% ../../nbs/3_methods/why_length_fails.ipynb #e2d31be6
 def positions_bar(ax,     # axes of `plot_pca`
                   where=None, # axes that make room for the bar; None = `ax`
                  )->None:
@@ -345,6 +352,7 @@ def positions_bar(ax,     # axes of `plot_pca`
     bar = ax.figure.colorbar(ax.collections[-1], ax=ax if where is None else where, aspect=20 if where is None else 45)
     bar.set_label("position (the first is 1)"); bar.ax.yaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
 
+# %% ../../nbs/3_methods/why_length_fails.ipynb #227b36fc
 def plot_separation(rows,     # tidy rows of `eval_pca`
                     begin:str="bos", # of sequences that begin with the begin token, or with "text"
                     ax=None,  # matplotlib axes; new ones if None
