@@ -240,7 +240,7 @@ def cost_truncation(config,
     require(every <= window, "every", every, f"at most the window {window}")
     return (window*cost_weights(config) + cost_attention(config, window*(window+1)//2))/every + cost_head(config)
 
-# %% ../../nbs/2_laboratory/generation.ipynb #3716515b
+# %% ../../nbs/2_laboratory/generation.ipynb #6d894082
 def plot_by_length(rows,                    # tidy rows
                    metric:str,              # which of them
                    words:str,               # name of the y axis
@@ -284,12 +284,16 @@ def plot_trade_off(rows,    # tidy rows with the metrics `bleu` and `flops`, by 
                    ax=None, # matplotlib axes; new ones if None
                   ):        # the axes
     "BLEU over compute, a line a method, a point a window (as LM-Infinite's Figure 6)."
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
     score, cost, ax = _groups(rows, "bleu"), _groups(rows, "flops"), _axes(ax)
     for m, style in palette(score).items():
         cheap = {r["window"]: float(r["value"]) for r in cost[m]}
         points = sorted((cheap[r["window"]], float(r["value"]), r["window"]) for r in score[m])
         ax.plot([p[0] for p in points], [p[1] for p in points], linewidth=1.5, markersize=5, **style)
-        for x, y, w in points: ax.annotate(f"{w:,}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7, color=style["color"])
-    ax.set_xscale("log"); ax.set_ylim(bottom=0)
-    ax.set_xlabel("FLOPs per written token (window in tokens beside the point)"); ax.set_ylabel("BLEU (0 to 100)")
+        for (x, y, w), dx in zip((points[0], points[-1]), (-4, 4)):
+            ax.annotate(f"{w:,}", (x, y), textcoords="offset points", xytext=(dx, 5), ha="right" if dx < 0 else "left", fontsize=7, color=style["color"])
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_major_formatter(EngFormatter(sep="")); ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_ylim(bottom=0); ax.margins(x=.12)
+    ax.set_xlabel("FLOPs per written token (smallest and largest window beside the ends)"); ax.set_ylabel("BLEU (0 to 100)")
     return _finish(ax, len(score), True)

@@ -20,8 +20,8 @@ STYLES = { # method: (label, colour, marker, line)
     "lm_infinite_topk": ("LM-Infinite, top-k", "#009E73", "h", "-"), "dca_intra": ("DCA: intra", "#E3B505", "1", "--"),
     "dca_intra_inter": ("DCA: intra + inter", "#E69F00", "2", "-."), "dca": ("DCA", "#D55E00", "D", "-"),
     "dca+pi": ("DCA + PI", "#B2476B", "d", "--"), "dca+ntk": ("DCA + NTK", "#A01A58", "d", "-."), "dca+yarn": ("DCA + YaRN", "#6B0F1A", "d", ":"),
-    "truncation": ("truncation", "#882255", "x", "--"), "truncation w/2": ("truncation, every w/2", "#882255", "x", "--"),
-    "truncation w/8": ("truncation, every w/8", "#CC6677", "^", "--"), "truncation each token": ("truncation, each token", "#AA4499", "v", "--")}
+    "truncation": ("truncation", "#2E7D32", "x", "--"), "truncation w/2": ("truncation, every w/2", "#66A61E", "x", "--"),
+    "truncation w/8": ("truncation, every w/8", "#A6C93A", "^", "--"), "truncation each token": ("truncation, each token", "#1B4D1B", "v", "--")}
 SPARE = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#882255", "#AA4499")
 
 def palette(methods, # names, in any order
