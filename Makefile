@@ -39,7 +39,7 @@ test-clean: $(STAMP)  ## notebooks are clean and lcnb/ is what they export
 lab: $(STAMP)         ## open the book
 	$(BIN)/jupyter lab nbs
 
-train: $(STAMP)       ## train the tiny models again, from nothing (about 15 CPU-minutes each)
+train: $(STAMP)       ## train the tiny models again, from nothing (about 6 CPU-minutes; ARGS="--seed 1" for another)
 	$(BIN)/python -m lcnb.laboratory.tiny_lm $(ARGS)
 
 bench: $(STAMP)       ## one table of time ratios against named baselines
