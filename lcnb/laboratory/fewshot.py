@@ -202,7 +202,7 @@ class Examples:
                  questions, # `Question`s of a training split; their documents are not kept
                 ):
         self.pool = [(q.question, q.references[0]) for q in questions]
-        self._index, self._known = None, {}
+        self._index = None
 
     def __len__(self): return len(self.pool)
 
@@ -210,10 +210,12 @@ class Examples:
         "BM25 of every pool question; all words count, also frequent ones, because questions are short."
         import bm25s
         cut = lambda texts: bm25s.tokenize(texts, stopwords=[], show_progress=False, return_ids=False)
+        words, known = cut([question])[0], cut([q for q, _ in self.pool]) if self._index is None else [[""]]
+        if not words or not any(known): return [0.]*len(self.pool)
         if self._index is None:
             self._index = bm25s.BM25()
-            self._index.index(cut([q for q, _ in self.pool]), show_progress=False)
-        return self._index.get_scores(cut([question])[0]).tolist()
+            self._index.index(known, show_progress=False)
+        return self._index.get_scores(words).tolist()
 
     def choose(self,
                question:str,     # that will be asked
