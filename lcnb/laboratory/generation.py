@@ -240,7 +240,7 @@ def cost_truncation(config,
     require(every <= window, "every", every, f"at most the window {window}")
     return (window*cost_weights(config) + cost_attention(config, window*(window+1)//2))/every + cost_head(config)
 
-# %% ../../nbs/2_laboratory/generation.ipynb #6d894082
+# %% ../../nbs/2_laboratory/generation.ipynb #f8ca4dac
 def plot_by_length(rows,                    # tidy rows
                    metric:str,              # which of them
                    words:str,               # name of the y axis
@@ -294,6 +294,6 @@ def plot_trade_off(rows,    # tidy rows with the metrics `bleu` and `flops`, by 
             ax.annotate(f"{w:,}", (x, y), textcoords="offset points", xytext=(dx, 5), ha="right" if dx < 0 else "left", fontsize=7, color=style["color"])
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_major_formatter(EngFormatter(sep="")); ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_ylim(bottom=0); ax.margins(x=.12)
+    ax.margins(x=.12, y=.12); ax.set_ylim(bottom=0)
     ax.set_xlabel("FLOPs per written token (smallest and largest window beside the ends)"); ax.set_ylabel("BLEU (0 to 100)")
     return _finish(ax, len(score), True)
