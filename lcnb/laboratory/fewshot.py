@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'FIRST', 'SCHEMAS', 'CHOICES', 'TEMPLATES', 'TRUNCATE', 'METRICS', 'Question', 'told_story',
            'grammar_questions', 'split_input', 'schema_of', 'read_rows', 'read_questions', 'load_questions', 'Examples',
            'Template', 'fit_document', 'build_prompt', 'cut_answer', 'normalise', 'token_f1', 'option_letters',
-           'judgement', 'score_answers', 'answer_questions', 'eval_fewshot', 'average_rows', 'score_table',
+           'judgement', 'score_answers', 'answer_questions', 'eval_fewshot', 'average_rows', 'score_table', 'aligned',
            'own_questions', 'answer_table']
 
 # %% ../../nbs/2_laboratory/fewshot.ipynb #fs000004
@@ -413,6 +413,14 @@ def score_table(rows:list,       # of `eval_fewshot` and `average_rows`
     for m, n, b in dict.fromkeys(k[:3] for k in cells):
         lines.append([m, str(n), *([str(b)] if by else []), *(f"{cells[m, n, b, d]:.1f}" if (m, n, b, d) in cells else "" for d in metrics)])
     return "\n".join("| " + " | ".join(l) + " |" for l in lines)
+
+# %% ../../nbs/2_laboratory/fewshot.ipynb #fs000067
+def aligned(**lists # name -> list, as an experiment's parameters give them; the first says how many
+           )->list: # tuples, one for each data set
+    "The lists side by side, if all are equally long."
+    (first, head), *_ = lists.items()
+    for name, value in lists.items(): require(len(value) == len(head), name, value, f"as long as {first}, {len(head)} elements")
+    return list(zip(*lists.values()))
 
 # %% ../../nbs/2_laboratory/fewshot.ipynb #fs000064
 def own_questions(document:str="grammar", # a text file, or `grammar` for a story
