@@ -36,14 +36,16 @@ def chunks(texts:Iterable, # int64 vectors, in order; may never end
             if seen >= skip: yield (None if seen == skip and skip else piece), digest.hexdigest()
     if len(rest): digest.update(rest.numpy().tobytes()); yield rest, digest.hexdigest()
 
-# %% ../../nbs/3_methods/stream.ipynb #bcb2652d
+# %% ../../nbs/3_methods/stream.ipynb #ec60a5e8
 def endless(corpus:Corpus,     # any
             tokenizer,         # of the model
             seed:int=0,        # of the drawing
             doc_words:int=4000,# size of a story, where the corpus is a grammar
+            bos:bool=True,     # begin with the tokenizer's begin token, if it has one (once, not before each document)
            ):                  # yields int64 vectors, without end
     "Documents one after the other (LM-Infinite, Fig. 4): drawn with replacement, or read on where there are always more."
     rng, docs = random.Random(seed), None if corpus.endless else list(corpus)
+    if bos and tokenizer.bos_token_id is not None: yield torch.tensor([tokenizer.bos_token_id])
     for d in corpus.read(doc_words) if corpus.endless else iter(lambda: rng.choice(docs), None): yield torch.tensor(encode(tokenizer, d.text), dtype=torch.int64)
 
 # %% ../../nbs/3_methods/stream.ipynb #ddd8fcb5
