@@ -104,7 +104,7 @@ def _begin(handle, owner, args, kwargs):
     if not mask.all(): handle.mask = mask
     return args, kwargs | dict(position_ids=(mask.long().cumsum(1)-1).clamp(min=0)[:, -n:])
 
-# %% ../../nbs/3_methods/extend.ipynb #928b29cd
+# %% ../../nbs/3_methods/extend.ipynb #c91abc53
 class Extended:
     "A model under a plan. `undo()`, or the end of the `with` block, restores it."
     _live = 0
@@ -121,10 +121,10 @@ class Extended:
     def __enter__(self): return self
     def __exit__(self, *exc): self.undo()
 
-    def new_cache(self, slack=None):
-        "For `past_key_values`: a cache that keeps only what the plan can still read (`ForgetfulCache`)."
-        from lcnb.methods.cache import forgetful_cache
-        return forgetful_cache(self.plan, slack)
+    def new_cache(self, slack=None, host=False):
+        "For `past_key_values`: a cache that keeps only what the plan can still read, or (`host`) everything, in host memory."
+        from lcnb.methods.cache import forgetful_cache, host_cache
+        return host_cache() if host else forgetful_cache(self.plan, slack)
 
     def tables(self, position_ids):
         "Cosines and sines, with their factor, at the first branch's key positions; (1, 0) where the cache holds raw keys."
