@@ -219,9 +219,10 @@ def _tiles_of_run(a, z, dlo, dhi, lo, hi, native_band, q_base):
         if W > R: tiles.append(Tile("full", R, W-R, a+r, l+R-1))
     return tiles
 
-# %% ../../nbs/1_foundations/attention.ipynb #e8b86595
+# %% ../../nbs/1_foundations/attention.ipynb #cc689648
 def _group(tiles:list, # in the order they were made
            most:int=1024, # rows; larger tiles fill a machine by themselves
+          batch:int=8192, # rows of a group; what it copies then stays in the processor's cache
           )->list:     # the same work in fewer tiles
     "Join equal tiles that follow each other at a constant step."
     out = []
@@ -229,7 +230,7 @@ def _group(tiles:list, # in the order they were made
         p = out[-1] if out else None
         if p and t.rows <= most and (p.kind, p.rows, p.cols) == (t.kind, t.rows, t.cols):
             dq, dk = t.q0 - (p.q0+(p.count-1)*p.q_step), t.k0 - (p.k0+(p.count-1)*p.k_step)
-            if dk > 0 and dq >= t.rows and (p.count == 1 or (dq, dk) == (p.q_step, p.k_step)):
+            if dk > 0 and dq >= t.rows and p.count*t.rows < batch and (p.count == 1 or (dq, dk) == (p.q_step, p.k_step)):
                 out[-1] = replace(p, count=p.count+1, q_step=dq, k_step=dk); continue
         out.append(t)
     return out
