@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['ADAPTERS', 'adapter']
 
-# %% ../../nbs/3_methods/adapters.ipynb #6c51f95d
-import sys
-
+# %% ../../nbs/3_methods/adapters.ipynb #65fb99a4
 import torch
 from torch import Tensor
 

@@ -5,7 +5,10 @@
 # %% auto #0
 __all__ = ['dca', 'dca_preset', 'dca_from_config']
 
-# %% ../../nbs/3_methods/dca.ipynb #557fcd2b
+# %% ../../nbs/3_methods/dca.ipynb #3b584bf2
+from dataclasses import replace
+import math
+
 import torch
 
 from ..foundations.attention import Branch, Plan
@@ -33,7 +36,7 @@ def dca(chunk_size:int,      # s, keys per chunk
     return Plan("dca" if inter and succ else "dca_intra_inter" if inter else "dca_intra", tuple(branches),
                 params=dict(chunk_size=s, pretrained_len=c, local_window=w))
 
-# %% ../../nbs/3_methods/dca.ipynb #a8a7a289
+# %% ../../nbs/3_methods/dca.ipynb #9a844be1
 def dca_preset(name:str,              # "paper" or "official_code"
                pretrained_len:int,    # tokens seen in training
                local_window:int|None=None, # official_code only: its local_window; None = pretrained_len // 8
@@ -55,8 +58,6 @@ def dca_preset(name:str,              # "paper" or "official_code"
 
 def _with_temperature(plan, coef, max_len):
     "`plan` with the official code's factor on q and k for texts longer than max_len."
-    import math
-    from dataclasses import replace
     return replace(plan, temperature=lambda n: 1. if n <= max_len else coef*math.log(n/max_len) + 1, params=plan.params | dict(temperature=coef))
 
 # %% ../../nbs/3_methods/dca.ipynb #e04bb8f8

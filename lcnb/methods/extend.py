@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Extended', 'extend']
 
-# %% ../../nbs/3_methods/extend.ipynb #d8892016
+# %% ../../nbs/3_methods/extend.ipynb #c3450119
 import copy
 import sys
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..foundations.attention import Branch, Plan, attend, frequencies, plain
 from ..foundations.checks import InputError, require

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Line', 'compare', 'prefill', 'filled', 'stepper', 'cache_bytes', 'table', 'main']
 
-# %% ../../nbs/7_reproduction/bench.ipynb #dd1df2dc
+# %% ../../nbs/7_reproduction/bench.ipynb #cc72e77c
 import argparse
 import csv
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from ..foundations.attention import attend, choose_backend, plain
+from ..foundations.attention import attend, choose_backend
 from ..foundations.checks import positive_int, require
 from ..foundations.rope import rope
 from ..laboratory.cost import random_model
