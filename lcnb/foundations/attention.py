@@ -43,6 +43,13 @@ class Branch:
     from_layer:int = 0                    # first layer (0-based) that has this branch
     only_last:bool = False                # only the last query of a forward pass has it (with top_k)
 
+    def ends(self,
+             i:Tensor, # `(n,)` query indices
+             m:int,    # number of keys
+            )->tuple[Tensor, Tensor]: # lo, hi, `(n,)`
+        "`keys(i)`, cut off at the last key; a range without end may so be written with `hi` beyond it."
+        return tuple(t.clamp(max=m).expand(len(i)) for t in self.keys(i))
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     "A method: branches with disjoint ranges, under one softmax."
@@ -51,6 +58,7 @@ class Plan:
     scaling:Scaling|None = None           # change of the model's frequencies
     temperature:Callable|None = None      # length -> factor on q and on k (squared in the logit)
     q_scale:Callable|None = None          # `i (n,)` -> factor on the query at that position
+    causal:bool = True                    # no query reads a later key; False for encoders
     params:dict = field(default_factory=dict) # the method's own parameters, for labels and records
 
     def __repr__(self): return f"Plan({self.name}: {', '.join(f'{k}={v}' for k, v in self.params.items())})"
@@ -77,10 +85,10 @@ def relative_positions(plan:Plan, # any
     i = torch.arange(n)
     M, visible = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.bool)
     for b in plan.branches:
-        lo, hi = b.keys(i)
+        lo, hi = b.ends(i, n)
         see = (i >= lo[:, None]) & (i < hi[:, None])
         require(not (see & visible).any(), "plan", plan.name, "a plan whose branches do not overlap")
-        require(not see.triu(1).any(), "plan", plan.name, "a plan in which no query reads a later key")
+        require(not plan.causal or not see.triu(1).any(), "plan", plan.name, "a plan in which no query reads a later key (causal=False allows it)")
         M = torch.where(see, b.q_pos(i).double()[:, None] - b.k_pos(i).double(), M)
         visible |= see
     return M, visible
@@ -95,9 +103,10 @@ def show_positions(plan:Plan,      # any
     import matplotlib.pyplot as plt
     M, visible = relative_positions(plan, n)
     ax = ax or plt.subplots(figsize=(4, 4))[1]
-    im = ax.imshow(M.masked_fill(~visible, math.nan), cmap=cmap, vmin=0)
+    far = M.abs()                                         # a later key is as far away as an earlier one; its sign is printed
+    im = ax.imshow(far.masked_fill(~visible, math.nan), cmap=cmap, vmin=0)
     for i, j in visible.nonzero().tolist() if n <= 24 else ():
-        dark = M[i, j] < .6*M.max()
+        dark = far[i, j] < .6*far.max()
         ax.text(j, i, f"{M[i, j]:g}", ha="center", va="center", fontsize=130/max(n, 12)*.75, color="white" if dark else "black")
     ax.set(xlabel="key j", ylabel="query i", title=plan.name)
     return ax
@@ -247,7 +256,7 @@ def tiles(branches:tuple[Branch, ...], # of one layer
     "What the fast path computes: every branch as a few tiles. Branches with top_k have none."
     i, done, parts = torch.arange(start, start+n), [], []
     for b in branches:
-        lo, hi = (t.expand(n) for t in b.keys(i))
+        lo, hi = b.ends(i, start+n)
         made = [] if b.top_k else [t for a, z, dl, dh in _runs(lo, hi)
                                    for t in _tiles_of_run(a, z, dl, dh, int(lo[a]), int(hi[a]), native_band, start)]
         out = []
@@ -530,7 +539,7 @@ def _attend_top(branch, lo0, q, k, v, scale, i, budget=2**24):
     "(out, lse) over the k best keys of each query and head; k and v are the keys from lo0 on."
     require(not (torch.is_grad_enabled() and q.requires_grad), "top_k", branch.top_k, "0 where gradients are needed (use attend_dense)")
     (b, h, n, d), m = q.shape, k.shape[2]
-    lo, hi = (t.to(q.device)-lo0 for t in branch.keys(i))
+    lo, hi = (t.to(q.device)-lo0 for t in branch.ends(i, lo0+k.shape[2]))
     j, size = torch.arange(m, device=q.device), max(1, budget//(b*h*m))
     out, lse = q.new_zeros(b, h, n, v.shape[-1]), torch.full((b, h, n), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for r in range(n-1 if branch.only_last else 0, n, size):
@@ -553,7 +562,7 @@ def _attend_biased(branches, parts, qkv, scale, slopes, i, budget=2**24):
     (b, h, n, _), acc = q.shape, torch.promote_types(q.dtype, torch.float32)
     out, lse = q.new_zeros(b, h, n, v.shape[-1], dtype=acc), torch.full((b, h, n), -math.inf, dtype=acc, device=q.device)
     for x, (lo, hi, _), (qx, kx, vx) in zip(branches, parts, qkv):
-        (L, H), q_pos, k_pos, blocks = x.keys(i), x.q_pos(i), x.k_pos(torch.arange(lo, hi)), []
+        (L, H), q_pos, k_pos, blocks = x.ends(i, hi), x.q_pos(i), x.k_pos(torch.arange(lo, hi)), []
         size = max(1, budget//max(1, b*h*min(hi-lo, int((H-L).max())+512)))
         for r in range(0, n, size):
             rows = slice(r, min(r+size, n))
@@ -642,6 +651,7 @@ def attend(plan:Plan,  # any
     "Attention under a plan, exactly, without an (n,m) matrix (DCA sec. 3, LM-Infinite sec. 4). Equal to `attend_dense`."
     (b, h, n, d), (hk, m) = q.shape, k.shape[1:3]
     require(n <= m, "q", tuple(q.shape), f"of at most {m} positions, the number of keys")
+    require(slopes is None or plan.causal, "slopes", "given", "left out under a plan that is not causal")
     require(h % hk == 0, "q", tuple(q.shape), f"of a number of heads that {hk}, the number of key heads, divides")
     require(mask is None or mask.shape == (b, m), "mask", None if mask is None else tuple(mask.shape), f"of shape {(b, m)}")
     require(index is None or index.shape in ((m,), (b, m)), "index", None if index is None else tuple(index.shape), f"of shape {(m,)} or {(b, m)}")

@@ -66,6 +66,7 @@ def self_extend(window:int,     # W, keys at their true distance, the query incl
                 group_size:int, # G, positions folded into one
                 log_base:int|None=None, # c of the log-n scaling; None leaves it out
                 exact_shift:bool=True,  # W - W//G as in the paper; False: W - W/G as in the code
+                bidirectional:bool=False, # for encoders: later keys as far away as earlier ones, with the other sign
                )->Plan:
     "Self-Extend (Jin et al., 2024, sec. 3): grouped positions beyond a neighbour window."
     W, G = positive_int("window", window), positive_int("group_size", group_size)
@@ -73,6 +74,7 @@ def self_extend(window:int,     # W, keys at their true distance, the query incl
     require(log_base is None or log_base > 1, "log_base", log_base, "larger than 1")
     old, shift = (lambda i: (i-W+1).clamp(min=0)), W - W//G if exact_shift else W - W/G
     scale = None if log_base is None else lambda i: (i.double()+1).log().div(math.log(log_base)).clamp(min=1)
-    return Plan("self_extend", (Branch("near", lambda i: (old(i), i+1)),
-                                Branch("far", lambda i: (torch.zeros_like(i), old(i)), lambda i: i//G + shift, lambda j: j//G)),
-                q_scale=scale, params=dict(window=W, group_size=G))
+    far = Branch("far", lambda i: (torch.zeros_like(i), old(i)), lambda i: i//G + shift, lambda j: j//G)
+    near = Branch("near", lambda i: (old(i), i+W if bidirectional else i+1))
+    after = Branch("after", lambda i: (i+W, torch.full_like(i, 2**40)), lambda i: i//G, lambda j: j//G + shift)
+    return Plan("self_extend", (near, far, after) if bidirectional else (near, far), q_scale=scale, causal=not bidirectional, params=dict(window=W, group_size=G))
