@@ -142,23 +142,29 @@ PASSKEY_QUESTION = "What is the pass key? The pass key is"
 PIECES = r" ?[^\W\d_]+| ?[0-9]{1,2}|[^\n]|\n" # a word or up to two digits with the space before it; else one character
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
-def vocabulary()->list: # token strings as readable text, bytes excepted; the order is the token id
-    "Words of the grammar and of the passkey texts, then numbers."
+def vocabulary(extra=(), # more texts, whose new words come last; `{field}` stands for anything
+              )->list:   # token strings as readable text, bytes excepted; the order is the token id
+    "Words of the grammar and of the passkey texts, then numbers, then the words of `extra`."
     story = [t for ts in FACTS.values() for t in ts] + [*QUESTIONS.values(), CODE, CODE_QUESTION, *NARRATION, LIST]
     paper = [PASSKEY_INTRO, PASSKEY_FILLER, PASSKEY_STATEMENT, PASSKEY_QUESTION]
-    fixed = [re.sub(r"\{\w+\}", "0", t) for t in story + paper]
-    fixed += [" " + t for t in fixed]                                     # a sentence may open the text or follow another
+    fixed = _sentences(story + paper)
     for w in itertools.chain(*LEXICON.values()): fixed += [" " + w, w] if w[0].isupper() else [" " + w]
-    words = {p for t in fixed for p in re.findall(PIECES, t) if p[-1].isalpha() and len(p) > 1}
-    return sorted(words) + [f"{s}{n:02d}" for s in (" ", "") for n in range(100)] + [f" {n}" for n in range(10)]
+    numbers = [f"{s}{n:02d}" for s in (" ", "") for n in range(100)] + [f" {n}" for n in range(10)]
+    return sorted(_words(fixed)) + numbers + sorted(_words(_sentences(extra)) - _words(fixed))
+
+def _sentences(templates): # a sentence may open the text or follow another
+    fixed = [re.sub(r"\{\w+\}", "0", t) for t in templates]
+    return fixed + [" " + t for t in fixed]
+
+def _words(texts): return {p for t in texts for p in re.findall(PIECES, t) if p[-1].isalpha() and len(p) > 1}
 
 # %% ../../nbs/2_laboratory/grammar.ipynb #bbaa4a16
-def build_tokenizer():  # `PreTrainedTokenizerFast`; encodes any text exactly, the begin token first
+def build_tokenizer(extra=()): # as in `vocabulary`; `PreTrainedTokenizerFast`, encodes any text exactly, the begin token first
     "The tiny models' tokenizer: written-down vocabulary, bytes for the rest."
     from tokenizers import Tokenizer, Regex, AddedToken, models, pre_tokenizers, decoders, processors
     from transformers import PreTrainedTokenizerFast
     level, shown = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), sorted(pre_tokenizers.ByteLevel.alphabet())
-    as_bytes = [level.pre_tokenize_str(piece)[0][0] for piece in vocabulary()]
+    as_bytes = [level.pre_tokenize_str(piece)[0][0] for piece in vocabulary(extra)]
     ids = {t: i for i, t in enumerate([PAD, BOS, EOS] + shown + as_bytes)}
     tok = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=True))  # known piece: one token; else byte by byte
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"), level])

@@ -31,7 +31,7 @@ def people(split:str="held_out", # held_out: evaluation only; train: all others
 PASSKEY_STATEMENT = "{name}'s pass key is {key}. Remember it. {key} is the pass key for {name}."
 PASSKEY_QUERY = "what is the passkey for {name}?"
 
-# %% ../../nbs/4_longembed/facts.ipynb #7f19605b
+# %% ../../nbs/4_longembed/facts.ipynb #4149d2ba
 INFINITIVES = dict(zip(VERBS, "carry find hide sell clean mend lose borrow paint drop lift wrap".split()))
 ONE = ("{a} {verb} the {adj} {obj} {spot}.",
        ("Where did {a} {base} the {adj} {obj}?", "What did {a} {base} {spot}?", "Who {verb} the {adj} {obj} {spot}?"))
@@ -40,7 +40,7 @@ TWO = (("{a} gave the {adj} {obj} to {b} {spot}.", ("Who gave the {adj} {obj} to
        ("{a} lent the {adj} {obj} to {b} {spot}.", ("Who lent the {adj} {obj} to {b}?", "To whom did {a} lend the {adj} {obj}?")),
        ("{a} asked {b} for the {adj} {obj}.", ("Who asked {b} for the {adj} {obj}?", "Whom did {a} ask for the {adj} {obj}?")),
        ("{a} waited for {b} {spot}.", ("Who waited for {b} {spot}?", "For whom did {a} wait {spot}?")))
-EXTRA = [PASSKEY_STATEMENT, PASSKEY_QUERY, *(t for fact, queries in (ONE, *TWO) for t in (fact, *queries)), *INFINITIVES.values()]
+EXTRA = [PASSKEY_STATEMENT, PASSKEY_QUERY, "Here we go.", *(t for fact, queries in (ONE, *TWO) for t in (fact, *queries)), *INFINITIVES.values()]
 
 def things(split:str="held_out", # as in `people`
           )->list:               # (adjective, object)
