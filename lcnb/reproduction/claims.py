@@ -35,7 +35,15 @@ def tokens(text:str, # a printed length: `4096`, `4k`, `32K`, `200M`, or anythin
     return int(m[1])*{"":1, "k":2**10, "M":2**20}[m[2].lower() if m[2]!="M" else "M"] if m else None
 
 # %% ../../nbs/7_reproduction/claims.ipynb #3f822d49
-def published(paper:str, # `dca`, `lm_infinite`
+_NAMES = {"model", "revision", "series", "setup", "method", "task", "length", "target_len", "source"} # columns of a wide table that are no values
+
+def _long(row): # a row of a wide table as one row a cell; a row that has `value` stays as it is
+    if "value" in row: return [row]
+    names = {k:v for k,v in row.items() if k in _NAMES}
+    names["length"] = row.get("length") or row.get("target_len", "")
+    return [names | dict(metric=k, value=v) for k,v in row.items() if k not in _NAMES]
+
+def published(paper:str, # `dca`, `lm_infinite`, `longembed`
               table:str, # name of the file without `.csv`
              )->list:    # its rows as dicts, with `printed` (a `Printed`) and `tokens` added
     "A published table, one row a printed cell."
@@ -43,7 +51,7 @@ def published(paper:str, # `dca`, `lm_infinite`
     path = folder/f"{table}.csv"
     if not path.is_file(): raise unknown(f"published table of {paper}:", table, sorted(p.stem for p in folder.glob("*.csv")))
     with open(path, newline="", encoding="utf8") as f:
-        return [r | dict(printed=printed(r["value"]), tokens=tokens(r["length"])) for r in csv.DictReader(f)]
+        return [r | dict(printed=printed(r["value"]), tokens=tokens(r["length"])) for row in csv.DictReader(f) for r in _long(row)]
 
 # %% ../../nbs/7_reproduction/claims.ipynb #31b7da6a
 def worked_value(quantity:str, # as in worked_examples.csv: `P_q_succ`, `max P_k`, `M_inter[6][5]`
