@@ -7,6 +7,7 @@ import torch
 from lcnb.foundations.attention import Branch, Plan, attend, attend_dense, relative_positions
 from lcnb.foundations.rope import rope
 from lcnb.methods import METHODS, make_plan
+from lcnb.methods.relatives import self_extend
 
 # Differences of two orders of summation. float64: rounding of values of order 1. float32: a few units in the last place,
 # the longest sums here have 300 terms. bfloat16: 8 bits in the probabilities and in the output, values up to about 4.
@@ -22,6 +23,7 @@ def random_plan(g, n):
         far, near = g.randrange(1, 50), g.randrange(1, 9)
         return Plan("jagged", (Branch("near", lambda i: (edge(i), i+1)), Branch("far", lambda i: (edge(i)//3, edge(i)), lambda i: i//near + far, lambda j: j//near)))
     c = g.choice([1, 2, 3, 5, 16, 63, 64, 65, 100, 200])
+    if g.random() < .1: return self_extend(c, g.randrange(1, c+1), bidirectional=True)
     name = g.choice([m for m in METHODS if c >= 8 or not m.startswith("dca")])
     options = dict(n_start=g.choice([0, 1, 4, 10]), top_k=g.choice([1, 5]), inclusive=g.random() < .3) if "infinite" in name or "only" in name else {}
     if name == "ceiling_only": options["n_start"] = max(1, options["n_start"])
@@ -51,8 +53,9 @@ def random_case(seed):
         if kind == "holes": mask = torch.rand(b, m, generator=t) < .7
         if kind == "empty": mask[0] = False
     kw = dict(layer=g.randrange(0, 3), scale=g.choice([None, .3]), mask=mask)
-    if g.random() < .1: kw["slopes"] = torch.rand(hk*groups, generator=t)
-    return random_plan(g, m), q, k, v, kw, g.choice([None, None, "math", "flex"]), g.choice([rope(d), rope(d, 500., partial=.5), rope(d, interleaved=True)]), g.random() < .5
+    plan = random_plan(g, m)
+    if plan.causal and g.random() < .1: kw["slopes"] = torch.rand(hk*groups, generator=t)
+    return plan, q, k, v, kw, g.choice([None, None, "math", "flex"]), g.choice([rope(d), rope(d, 500., partial=.5), rope(d, interleaved=True)]), g.random() < .5
 
 
 @pytest.mark.parametrize("block", range(12))

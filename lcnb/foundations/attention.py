@@ -57,7 +57,7 @@ class Plan:
     branches:tuple[Branch, ...]           # the first one fixes how cached keys are rotated
     scaling:Scaling|None = None           # change of the model's frequencies
     temperature:Callable|None = None      # length -> factor on q and on k (squared in the logit)
-    q_scale:Callable|None = None          # `i (n,)` -> factor on the query at that position
+    q_scale:Callable|None = None          # `i (n,)`, number of keys m -> factor on the query at that position
     causal:bool = True                    # no query reads a later key; False for encoders
     params:dict = field(default_factory=dict) # the method's own parameters, for labels and records
 
@@ -134,7 +134,7 @@ def _dense_one(plan, q, k, v, rope, scale, layer, slopes):
     j = torch.arange(m, device=q.device)
     i = j[m-n:]
     f = frequencies(plan, rope, m)
-    if plan.q_scale: q = q * plan.q_scale(i).to(q)[:, None]
+    if plan.q_scale: q = q * plan.q_scale(i, m).to(q)[:, None]
     logits = torch.full((q.shape[0], n, m), -math.inf, dtype=q.dtype, device=q.device)
     for b in plan.at(layer):
         lo, hi = b.keys(i)
@@ -287,20 +287,22 @@ class _Math:
     "Plain tensor operations: every device and dtype, tile by tile."
     native_band = False
     @staticmethod
-    def forward(q, k, v, t, scale, bias=None):
+    def logits(q, k, t, scale, bias=None):
+        "At least float32, as in the flash kernels: a logit of 10 in bfloat16 is only good to 0.03."
+        acc = torch.promote_types(q.dtype, torch.float32)
         bias = _bias(t, q) if bias is None else bias[:, :, None]
-        s = _groups(q, k) @ k[:, :, None].transpose(-1, -2) * scale
-        s = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
-        s = s if bias is None else s + bias
+        s = _groups(q, k).to(acc) @ k[:, :, None].transpose(-1, -2).to(acc) * scale
+        return s if bias is None else s + bias
+    @staticmethod
+    def forward(q, k, v, t, scale, bias=None):
+        s = _Math.logits(q, k, t, scale, bias)
         l = s.logsumexp(-1)
         p = (s - l[..., None]).exp().nan_to_num(0)
         return (p.to(v.dtype) @ v[:, :, None]).flatten(1, 2), l.flatten(1, 2)
     @staticmethod
     def backward(go, q, k, v, out, lse, t, scale):
         g, go, o, l = (_groups(x, k) for x in (q, go, out, lse.unsqueeze(-1)))
-        s = g @ k[:, :, None].transpose(-1, -2) * scale
-        bias = _bias(t, q)
-        p = ((s if bias is None else s + bias) - l).exp().to(q.dtype)
+        p = (_Math.logits(q, k, t, scale) - l).exp().to(q.dtype)
         ds = p * (go @ v[:, :, None].transpose(-1, -2) - (go*o).sum(-1, keepdim=True)) * scale
         return (ds @ k[:, :, None]).flatten(1, 2), (ds.transpose(-1, -2) @ g).sum(2), (p.transpose(-1, -2) @ go).sum(2)
 
@@ -521,7 +523,7 @@ def _attend_one(plan, q, k, v, rope, scale, layer, rotated, backend, memo, slope
     start, kernel, branches = m-n, _kernel(q, backend), plan.at(layer)
     parts = tiles(branches, start, n, kernel.native_band)
     f, i, base = frequencies(plan, rope, m), torch.arange(start, m), plan.branches[0].k_pos
-    if plan.q_scale: q = q * plan.q_scale(i).to(q)[:, None]
+    if plan.q_scale: q = q * plan.q_scale(i, m).to(q)[:, None]
     qkv = []
     for x, (lo, hi, _) in zip(branches, parts):
         if hi <= lo: qkv.append((q, k[:, :, :0], v[:, :, :0])); continue
@@ -616,7 +618,7 @@ def _attend_step(plan, q, k, v, rope, scale, layer, rotated, backend, memo, inde
     kernel, index = _kernel(q, backend), index.cpu()
     i, base, real, m = index[:, -1:], plan.branches[0].k_pos, index >= 0, k.shape[2]
     f = frequencies(plan, rope, m)
-    if plan.q_scale: q = q * plan.q_scale(i).to(q)[:, None, :, None]
+    if plan.q_scale: q = q * plan.q_scale(i, m).to(q)[:, None, :, None]
     out, lse = q.new_zeros(*q.shape[:3], v.shape[-1]), torch.full(q.shape[:3], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for x in plan.at(layer):
         lo, hi = x.keys(i)

@@ -64,7 +64,7 @@ def rerope(window:int, # W, keys at their true distance, the query included
 
 def self_extend(window:int,     # W, keys at their true distance, the query included
                 group_size:int, # G, positions folded into one
-                log_base:int|None=None, # c of the log-n scaling; None leaves it out
+                log_base:int|None=None, # c of the log-n scaling, by the query's place, or (bidirectional) by the length; None leaves it out
                 exact_shift:bool=True,  # W - W//G as in the paper; False: W - W/G as in the code
                 bidirectional:bool=False, # for encoders: later keys as far away as earlier ones, with the other sign
                )->Plan:
@@ -73,7 +73,8 @@ def self_extend(window:int,     # W, keys at their true distance, the query incl
     require(G <= W, "group_size", G, f"at most the window, {W}")
     require(log_base is None or log_base > 1, "log_base", log_base, "larger than 1")
     old, shift = (lambda i: (i-W+1).clamp(min=0)), W - W//G if exact_shift else W - W/G
-    scale = None if log_base is None else lambda i: (i.double()+1).log().div(math.log(log_base)).clamp(min=1)
+    seen = (lambda i, m: torch.full_like(i, m)) if bidirectional else (lambda i, m: i+1)
+    scale = None if log_base is None else lambda i, m: seen(i, m).double().log().div(math.log(log_base)).clamp(min=1)
     far = Branch("far", lambda i: (torch.zeros_like(i), old(i)), lambda i: i//G + shift, lambda j: j//G)
     near = Branch("near", lambda i: (old(i), i+W if bidirectional else i+1))
     after = Branch("after", lambda i: (i+W, torch.full_like(i, 2**40)), lambda i: i//G, lambda j: j//G + shift)

@@ -80,10 +80,10 @@ def row_logits(plan:Plan,   # any
     f, base = frequencies(plan, rope, m), plan.branches[0].k_pos
     at = lambda x, pos, i: Rope(f.inv_freq, 1. if rotated else f.factor, f.interleaved)(x, (pos-base(i) if rotated else pos).to(x.device))
     q, k = q[:, :, rows-(m-q.shape[2])].to(kept), k.to(kept)
-    if plan.q_scale: q = q * plan.q_scale(rows).to(q)[:, None]
+    if plan.q_scale: q = q * plan.q_scale(rows, m).to(q)[:, None]
     logits = q.new_full((*q.shape[:3], m), -math.inf)
     for x in plan.at(layer):
-        lo, hi = (t.expand(len(rows)) for t in x.keys(rows))
+        lo, hi = x.ends(rows, m)
         if not (hi > lo).any(): continue
         j = torch.arange(int(lo[hi > lo].min()), int(hi[hi > lo].max()))
         q_pos, k_pos = x.q_pos(rows).expand(len(rows)), x.k_pos(j)
