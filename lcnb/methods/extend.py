@@ -232,12 +232,13 @@ def extend(model,               # a Hugging Face decoder with rotary embeddings,
     "Let `model` attend under `plan` until the handle is undone. Raises `InputError`, and leaves the model alone, if it cannot."
     require(isinstance(plan, Plan), "plan", plan, "a Plan, for example make_plan('dca', 4096)")
     require(not any(hasattr(m, "_lcnb") for m in model.modules()), "model", type(model).__name__, "a model that is not extended already; undo that first")
-    handle = Extended(model, plan if not check else _unchanged if plan.causal else _unchanged_both, backend)
+    handle = Extended(model, plan, backend)
     owner = (adapter(model) or (None,))[0] or _owner(model)
     before = _read(owner, plan.causal) if check else None
     try:
         handle._apply()
         if check:
+            handle._use(_unchanged if plan.causal else _unchanged_both)
             tol = {torch.float32: 1e-4, torch.float64: 1e-4}.get(next(owner.parameters()).dtype, 6e-2)
             gap = (_read(owner, plan.causal)-before).abs().max() / before.abs().max()
             require(gap <= tol, "model", type(model).__name__, f"a model whose rotary attention is understood: a plan that changes nothing moved its states by {gap:.1%}")
