@@ -110,16 +110,34 @@ def _scaled(model, factor):
         for c, o in zip(configs, old): c._attn_implementation = o
         for interface in (AttentionInterface, AttentionMaskInterface): interface._global_mapping.pop(name, None)
 
+# %% ../../nbs/4_longembed/encoders.ipynb #cb515301
+class _ByLayer(nn.Module):
+    "A rotary module that gives global layers other positions than local ones."
+    def __init__(self, rotary, ids):
+        super().__init__()
+        self.rotary, self.ids = rotary, ids
+
+    def forward(self, x, position_ids, layer_type): return self.rotary(x, self.ids if layer_type == "full_attention" else position_ids, layer_type)
+
+@contextlib.contextmanager
+def _global_only(model, ids):
+    "Within the block, global layers have the positions `ids`."
+    owner = _rotary(model)
+    was = owner.rotary_emb
+    owner.rotary_emb = _ByLayer(was, ids)
+    try: yield
+    finally: owner.rotary_emb = was
+
 # %% ../../nbs/4_longembed/encoders.ipynb #9dd4816d
 class TruncationWarning(UserWarning):
     "Texts were longer than the encoder reads."
 
-def _batches(lengths, batch_size, budget=2**15):
-    "Indices in batches, longest first: at most `batch_size` texts and `budget` tokens with padding, of which few are padding."
+def _batches(lengths, batch_size, budget=2**15, alone=2048):
+    "Indices in batches, longest first: at most `batch_size` texts and `budget` tokens, few of them padding; none beyond `alone` tokens, where a mask would be large."
     batch, width = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         full = len(batch) == batch_size or (len(batch)+1)*width > budget
-        if batch and (full or width-lengths[i] > 16+width//8): yield batch; batch = []
+        if batch and (full or width-lengths[i] > (16+width//8 if width <= alone else 0)): yield batch; batch = []
         if not batch: width = lengths[i]
         batch.append(i)
     if batch: yield batch
@@ -180,6 +198,7 @@ class Encoder:
         "What is written before the text."
         if prompt is None: return ""
         require(isinstance(prompt, str), "prompt", prompt, f"a text, or one of {', '.join(self.prompts) or 'query, document'}")
+        if prompt == "document" and prompt not in self.prompts: prompt = "passage" if "passage" in self.prompts else prompt
         return self.prompts.get(prompt, "" if prompt in ("query", "document") else prompt)
 
     def _tokenize(self, texts, prompt):
@@ -268,8 +287,10 @@ class Encoder:
 
     def _long(self, ids, mask, pos):
         "States of texts that the method is for."
-        if self.method != "se": return self._call(self.model, ids, mask, pos)
-        with extend(self.model, self.plan, check=False): return self._call(self.model, ids, mask, None)
+        if self.method == "se":
+            with extend(self.model, self.plan, check=False): return self._call(self.model, ids, mask, None)
+        if self.method not in ("gp", "rp") or not _is_mixed(self.model): return self._call(self.model, ids, mask, pos)
+        with _global_only(self.model, pos): return self._call(self.model, ids, mask, position_ids("plain", mask, 1))
 
     @property
     def plan(self):
@@ -394,7 +415,7 @@ def _specials(tokenizer):
 ACTIVATIONS = {"Identity": nn.Identity, "Tanh": nn.Tanh, "ReLU": nn.ReLU, "GELU": nn.GELU}
 
 class DenseHead(nn.Module):
-    "A linear layer after pooling (`Dense` of sentence-transformers)."
+    "A linear layer after pooling: `Dense` of sentence-transformers."
     def __init__(self, linear, activation="Identity"):
         super().__init__()
         require(activation in ACTIVATIONS, "activation_function", activation, f"one of {', '.join(ACTIVATIONS)}")
@@ -514,7 +535,9 @@ def load_encoder(spec,                # `tiny-ape`, `tiny-rope`, a folder, a hub
     require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     require(pooling is None or pooling in POOLINGS, "pooling", pooling, f"one of {', '.join(POOLINGS)}")
     device = pick_device(device)
-    if isinstance(spec, Encoder): return spec
+    if isinstance(spec, Encoder):
+        for key, value in dict(pooling=pooling, prompts=prompts, max_len=max_len, base_len=base_len, tokenizer=tokenizer).items(): require(value is None, key, value, "left out: the model is an Encoder already")
+        return spec
     if isinstance(spec, (str, Path)):
         require(str(spec).strip(), "model", str(spec), "tiny-ape, tiny-rope, a folder or a hub id")
         spec, folder = str(spec), _locate(str(spec))
@@ -702,10 +725,11 @@ def extend_encoder(model_or_name,        # what `load_encoder` takes, or an `Enc
     to, base = positive_int("to", to), enc.base_len if base_len is None else positive_int("base_len", base_len)
     rows = _rows(enc.model)
     require(what != "table" or base <= rows, "base_len", base, f"at most {rows}, the positions in the table of {cls}")
-    require(method is None or to > base, "to", to, f"larger than base_len, {base}; the model reads that much as it is")
+    least = window if method == "pcw" and isinstance(window, int) else base
+    require(method is None or to > least, "to", to, f"larger than {'window' if least is window else 'base_len'}, {least}; the model reads that much as it is")
     require(method is not None or what != "table" or to <= rows, "to", to, f"at most {rows}, the positions in the table of {cls}, if method is None")
     settled = _settle(enc, to, method, base, dict(overlap=overlap, weights=weights, window=window, group=group, ntk_factor=ntk_factor))
-    require(keep_short is None or what == "rotary", "keep_short", keep_short, "left out: short texts keep their vectors where positions are a table")
+    require(keep_short is None or (what == "rotary" and method in ("pi", "ntk", "se")), "keep_short", keep_short, f"left out with method={method!r} of a model with {what} positions: short texts keep their vectors")
     new = _build(enc, method, base, settled | dict(log_scale=bool(log_scale)), (method != "ntk") if keep_short is None else keep_short)
     if check: _prove(new)
     return new
