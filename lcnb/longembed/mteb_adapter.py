@@ -100,5 +100,9 @@ def run_mteb(model, # `MtebEncoder`, `MtebSearch`, or a SentenceTransformer
             )->dict: # split -> {`ndcg_at_1`, `ndcg_at_10`, ...}
     "MTEB's scores, computed by MTEB; nothing is read from or written to its cache."
     import mteb
-    found = mteb.evaluate(model, mteb_task(tasks), cache=None, co2_tracker=False, show_progress_bar=False, encode_kwargs=dict(show_progress_bar=False))
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try: found = mteb.evaluate(model, mteb_task(tasks), cache=None, co2_tracker=False, show_progress_bar=False, encode_kwargs=dict(show_progress_bar=False))
+    finally: enable_progress_bars() if shown else None
     return {split: scores[0] for split, scores in found.task_results[0].scores.items()}
