@@ -206,8 +206,8 @@ class Encoder:
         "Ids of each text, and how many of them come before its first own token."
         require(not isinstance(texts, (str, bytes)), "texts", texts, "a list of texts, not one text")
         texts, words = list(texts), self.prompt(prompt)
-        wrong = next((t for t in texts if not isinstance(t, str)), None)
-        require(wrong is None, "texts", wrong, "a list of texts (str)")
+        wrong = [t for t in texts if not isinstance(t, str)]
+        require(not wrong, "texts", wrong[:1], "a list of texts (str)")
         if not texts: return [], []
         batch = self.tokenizer([words+t for t in texts], truncation=False, padding=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
         ids = [list(r) or [self._ends[2]] for r in batch["input_ids"]]
