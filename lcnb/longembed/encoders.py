@@ -11,9 +11,9 @@ import copy
 import inspect
 import json
 import math
-import sys
 import warnings
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from ..laboratory.models import DTYPES, _no_bars, _readable, data_dir, folder_re
 from .positions import extended_table, padding_offset, position_ids, scale_factor, se_group, windows
 from ..methods.extend import extend
 from ..methods.relatives import self_extend
+from ..methods.wrap import wrapped_attention
 
 # %% ../../nbs/4_longembed/encoders.ipynb #46eb97e8
 POOLINGS = ("mean", "cls", "last")
@@ -86,30 +87,10 @@ def log_n(n:Tensor,    # `(b,)` real tokens
     "The factor on the queries of a text of n tokens (LongEmbed sec. 5.1; official code)."
     return (n.double().clamp(min=1).log() / math.log(max(base_len, 2))).clamp(min=1).float()
 
-def _factored(was, factor):
-    "The attention function named `was`, with queries multiplied by a factor per text."
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    def attention(module, q, *args, **kwargs):
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        return ALL_ATTENTION_FUNCTIONS.get_interface(was, eager)(module, q*factor[:, None, None, None].to(q), *args, **kwargs)
-    return attention
-
-@contextlib.contextmanager
 def _scaled(model, factor):
-    "Within the block, every query of text b is multiplied by `factor[b]`."
-    from transformers import AttentionInterface, AttentionMaskInterface
-    if bool((factor == 1).all()): yield; return
-    configs = [*{id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}.values()]
-    was, name = configs[0]._attn_implementation, f"lcnb_log_n_{id(factor)}"
-    AttentionInterface.register(name, _factored(was, factor))
-    if was in AttentionMaskInterface().valid_keys(): AttentionMaskInterface.register(name, AttentionMaskInterface()[was])
-    old = [c._attn_implementation for c in configs]
-    try:
-        for c in configs: c._attn_implementation = name
-        yield
-    finally:
-        for c, o in zip(configs, old): c._attn_implementation = o
-        for interface in (AttentionInterface, AttentionMaskInterface): interface._global_mapping.pop(name, None)
+    "A block in which every query of text b is multiplied by `factor[b]`."
+    if bool((factor == 1).all()): return contextlib.nullcontext()
+    return wrapped_attention(model, lambda stock, module, q, *args, **kw: stock(module, q*factor[:, None, None, None].to(q), *args, **kw))
 
 # %% ../../nbs/4_longembed/encoders.ipynb #cb515301
 class _ByLayer(nn.Module):
@@ -293,7 +274,7 @@ class Encoder:
         if self.method not in ("gp", "rp") or not _is_mixed(self.model): return self._call(self.model, ids, mask, pos)
         with _global_only(self.model, pos): return self._call(self.model, ids, mask, position_ids("plain", mask, 1))
 
-    @property
+    @cached_property
     def plan(self):
         "The plan of Self-Extend, on both sides of the window unless the model is a decoder."
         return self_extend(self.options["window"], self.options["group"], bidirectional=not _is_causal(self.model))
