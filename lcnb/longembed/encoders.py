@@ -34,7 +34,7 @@ def pool(states:Tensor, # `(b,n,d)`
          mask:Tensor,   # `(b,n)`, 1 at real tokens, padding on any side
          how:str="mean",# mean, cls (first token) or last
         )->Tensor:      # `(b,d)` float32
-    "One vector per text from the states of its real tokens (LongEmbed sec. 3.3)."
+    "One vector per text from the states of its real tokens; the model's training decides how (E5 and GTE: mean; BGE: cls; E5-Mistral: last)."
     require(how in POOLINGS, "pooling", how, f"one of {', '.join(POOLINGS)}")
     if how == "mean":
         kept = states.float().masked_fill(~mask.bool()[..., None], 0)
@@ -84,7 +84,7 @@ def _share(model):
 def log_n(n:Tensor,    # `(b,)` real tokens
           base_len:int,# L_o
          )->Tensor:    # `(b,)` float32, at least 1
-    "The factor on the queries of a text of n tokens (LongEmbed sec. 5.1; official code)."
+    "The factor on the queries of a text of n tokens, max(1, ln n/ln L_o) (LongEmbed's official code)."
     return (n.double().clamp(min=1).log() / math.log(max(base_len, 2))).clamp(min=1).float()
 
 def _scaled(model, factor):
@@ -508,8 +508,8 @@ def load_encoder(spec,                # `tiny-ape`, `tiny-rope`, a folder, a hub
                  prompts:dict=None,   # name -> words; None = what the folder says
                  max_len:int=None,    # tokens read; None = what the folder says, at most what the model has positions for
                  base_len:int=None,   # L_o, tokens that the model was trained on; None = all of its positions
-                 dtype:str="float32", # of the weights: float32, bfloat16, float16, float64, or auto (as stored)
-                 device:str="auto",   # auto (the GPU if there is one), cpu, cuda, cuda:N
+                 dtype:str="float32", # of the weights: float32, bfloat16, float16, float64, or auto (as stored); an object keeps its own
+                 device:str="auto",   # auto (the GPU if there is one), cpu, cuda, cuda:N; an object stays where it is
                  revision:str=None,   # of a hub model: commit, tag or branch
                  tokenizer=None,      # instead of the folder's
                 )->Encoder:           # not extended, unless the folder is that of an extended encoder
@@ -572,7 +572,7 @@ def _checked_len(e, max_len, rows):
 
 # %% ../../nbs/4_longembed/encoders.ipynb #05343670
 FAMILIES = {"bert": ("Bert", {}), "roberta": ("Roberta", {}), "xlm_roberta": ("XLMRoberta", {}), "distilbert": ("DistilBert", {}), "electra": ("Electra", {}), "mpnet": ("MPNet", {}),
-            "jina": ("JinaEmbeddingsV3", {}), "nomic": ("NomicBert", {}), "modernbert": ("ModernBert", dict(local_attention=16, global_attn_every_n_layers=2)),
+            "jina": ("JinaEmbeddingsV3", {}), "nomic": ("NomicBert", {}), "modernbert": ("ModernBert", dict(local_attention=16, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2)),
             "llama": ("Llama", dict(num_key_value_heads=2)), "qwen3": ("Qwen3", dict(num_key_value_heads=2, head_dim=8)), "mistral": ("Mistral", dict(num_key_value_heads=2, sliding_window=None))}
 
 def random_encoder(family:str="bert", # a key of `FAMILIES`
