@@ -225,6 +225,23 @@ def test_a_tokenizer_without_special_tokens():
     assert differ(p.encode(SAMPLE), np.concatenate([p.encode([x]) for x in SAMPLE])) <= CLOSE
 
 
+def test_an_appended_end_token_is_saved(tmp_path):
+    from lcnb.laboratory.grammar import build_tokenizer
+    from sentence_transformers import SentenceTransformer
+    e = load_encoder(base("qwen3").model, tokenizer=build_tokenizer(), append_eos=True)
+    assert all(r[-1] == e.tokenizer.eos_token_id for r in e.token_ids(["", "a", "The sun."])) and e.cut(e.token_ids(SAMPLE)[-1])[-1] == e.tokenizer.eos_token_id
+    e.save_pretrained(tmp_path)
+    assert load_encoder(tmp_path).token_ids(SAMPLE) == e.token_ids(SAMPLE)
+    assert differ(SentenceTransformer(str(tmp_path)).encode(SAMPLE), e.encode(SAMPLE)) <= CLOSE
+    assert load_encoder(base("qwen3").model, tokenizer=base("qwen3").tokenizer, append_eos=True).token_ids(["a"]) == base("qwen3").token_ids(["a"])
+
+
+def test_a_sliding_window_is_refused_under_a_plan():
+    from transformers import MistralConfig, MistralModel
+    m = MistralModel(MistralConfig(vocab_size=800, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, sliding_window=16))
+    with pytest.raises(InputError, match="sliding window of 16"): extend_encoder(m, TO, "se", tokenizer=base("mistral").tokenizer)
+
+
 # ---- faults
 
 def test_odd_texts():

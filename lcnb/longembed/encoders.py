@@ -512,13 +512,14 @@ def load_encoder(spec,                # `tiny-ape`, `tiny-rope`, a folder, a hub
                  device:str="auto",   # auto (the GPU if there is one), cpu, cuda, cuda:N; an object stays where it is
                  revision:str=None,   # of a hub model: commit, tag or branch
                  tokenizer=None,      # instead of the folder's
+                 append_eos:bool=False, # end every text with the end token, where the tokenizer does not; E5-Mistral was trained so
                 )->Encoder:           # not extended, unless the folder is that of an extended encoder
     "An encoder with all that decides its vectors. Only a hub id may use the network; no code of a checkpoint is ever run."
     require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     require(pooling is None or pooling in POOLINGS, "pooling", pooling, f"one of {', '.join(POOLINGS)}")
     device = pick_device(device)
     if isinstance(spec, Encoder):
-        for key, value in dict(pooling=pooling, prompts=prompts, max_len=max_len, base_len=base_len, tokenizer=tokenizer).items(): require(value is None, key, value, "left out: the model is an Encoder already")
+        for key, value in dict(pooling=pooling, prompts=prompts, max_len=max_len, base_len=base_len, tokenizer=tokenizer, append_eos=append_eos or None).items(): require(value is None, key, value, "left out: the model is an Encoder already")
         return spec
     if isinstance(spec, (str, Path)):
         require(str(spec).strip(), "model", str(spec), "tiny-ape, tiny-rope, a folder or a hub id")
@@ -530,7 +531,18 @@ def load_encoder(spec,                # `tiny-ape`, `tiny-rope`, a folder, a hub
         known = (folder_revision(folder) if (folder/"config.json").is_file() else "unknown") if folder else getattr(model.config, "_commit_hash", None) or revision or "unknown"
     else: model, found, said, name, known = _from_object(spec, tokenizer)
     said = {k: v for k, v in said.items() if v is not None} | {k: v for k, v in dict(pooling=pooling, prompts=prompts).items() if v is not None}
-    return _assemble(model, copy.deepcopy(tokenizer or found), said, max_len, base_len, name, known)
+    tokenizer = copy.deepcopy(tokenizer or found)
+    return _assemble(model, _with_eos(tokenizer) if append_eos else tokenizer, said, max_len, base_len, name, known)
+
+def _with_eos(tokenizer):
+    "The tokenizer, ending every text with its end token; saved with it."
+    from tokenizers.processors import Sequence, TemplateProcessing
+    require(getattr(tokenizer, "is_fast", False) and tokenizer.eos_token_id is not None, "append_eos", True, "False: this tokenizer has no end token that can be appended")
+    if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]: return tokenizer
+    t, end = tokenizer.backend_tokenizer, tokenizer.eos_token
+    last = TemplateProcessing(single=f"$A {end}", pair=f"$A $B {end}", special_tokens=[(end, tokenizer.eos_token_id)])
+    t.post_processor = Sequence([t.post_processor, last]) if t.post_processor else last
+    return tokenizer
 
 def _from_object(spec, tokenizer):
     "The parts of an encoder from a SentenceTransformer or a Hugging Face model."
