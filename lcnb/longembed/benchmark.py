@@ -196,13 +196,16 @@ def _folder(spec):
 @lru_cache(maxsize=1) # the lengths of one data set are read one after the other
 def _hub(spec, revision):
     "Rows of the three tables of a data set: splits of one configuration (LongEmbed), or three configurations (MTEB, BEIR)."
-    from datasets import load_dataset
+    from datasets import load_dataset, load_dataset_builder
+    from datasets.exceptions import DatasetsError
     name, _, config = spec.removeprefix("hub:").partition(":")
-    try:
-        if config: return {t: load_dataset(name, config, split=t, revision=revision).to_list() for t in TABLES}
-        split = dict(corpus="corpus", queries="queries", qrels="test")
-        return {t: load_dataset(name, "default" if t == "qrels" else t, split=split[t], revision=revision).to_list() for t in TABLES}
-    except (OSError, ValueError, RuntimeError) as e: # not found, no network, unknown configuration or split
+    def rows(config, split):  # only the files of this split: those of the official data set differ in their columns, so they cannot be read together
+        builder = load_dataset_builder(name, config, revision=revision)
+        files = builder.config.data_files or {}
+        if split not in files: raise ValueError(f"{config} has no split {split}; it has {', '.join(map(str, files))}")
+        return load_dataset(builder.name, data_files={split: list(files[split])}, split=split).to_list()
+    try: return {t: rows(config, t) if config else rows("default" if t == "qrels" else t, "test" if t == "qrels" else t) for t in TABLES}
+    except (DatasetsError, OSError, ValueError, RuntimeError) as e: # not found, no network, unknown configuration or split
         raise InputError(f"{spec}: cannot be loaded as a retrieval data set ({' '.join(str(e).split())[:200]})") from None
 
 # %% ../../nbs/4_longembed/benchmark.ipynb #bm000019
