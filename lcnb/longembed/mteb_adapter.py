@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from ..foundations.checks import InputError, require
+from ..foundations.checks import require
 from .benchmark import RetrievalTask, _unit
 
 # %% ../../nbs/4_longembed/mteb_adapter.ipynb #ma000006
