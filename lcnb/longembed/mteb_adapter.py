@@ -20,7 +20,7 @@ def model_meta(encoder,           # has `name`, `revision`, `method`, `max_len` 
     "What MTEB writes into its results about the model."
     from mteb.models.model_meta import ModelMeta
     name, method = str(getattr(encoder, "name", None) or "encoder"), method or getattr(encoder, "method", None)
-    name = re.sub(r"[^\w.-]+", "__", name.strip("/")) + (f"_{method}" if method else "")
+    name = re.sub(r"[^\w.-]+", "__", name.strip("/")) + (f"_{method}" if method and method != name else "")
     of = lambda k: getattr(encoder, k, None)
     return ModelMeta.create_empty(dict(name=f"lcnb/{name}", revision=of("revision") or "none", max_tokens=of("max_len"), open_weights=True,
                                             similarity_fn_name="cosine", framework=["PyTorch"]))
