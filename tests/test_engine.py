@@ -39,7 +39,7 @@ def lcnb(*argv, cwd=None, timeout=240):
     (["run", "dca/table1", "--out", str(ROOT)], "holds an earlier result and nothing else"),
     (["reproduce", "--profile", "huge"], "profile 'huge' does not exist"),
     (["reproduce", "--jobs", "0"], "jobs=0: must be an integer of at least 1"),
-    (["reproduce", "--only", "longembed"], "only='longembed': no artifact"),
+    (["reproduce", "--only", "longformer"], "only='longformer': no artifact"),
     (["reproduce", "-p", "seed=1"], "used with `lcnb run ID`"),
     (["list", "dca/table9"], "artifact 'dca/table9' does not exist"),
 ])
