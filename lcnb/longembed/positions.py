@@ -141,14 +141,14 @@ def layout(method:str,     # pcw, gp, rp or pi
     if method != "pi": return ids.double()
     return extended_table(torch.arange(base_len, dtype=torch.float64)[:, None], "pi", scale_factor(base_len, target_len))[ids, 0]
 
-# %% ../../nbs/4_longembed/positions.ipynb #bddcfce8
+# %% ../../nbs/4_longembed/positions.ipynb #e7c79c59
 def _places(n, seam, shown):
     "Indices to draw: all, or the two ends and the seam; None where some are left out."
     if n <= 3*shown: return list(range(n))
     h = shown//2
     return [*range(shown), None, *range(seam-h, seam+h), None, *range(n-shown, n)]
 
-def _strip(ax, y, places, value, color, size=8):
+def _strip(ax, y, places, value, color, size=7.5):
     "One row of cells."
     from matplotlib.patches import Rectangle
     for x, i in enumerate(places):
@@ -168,13 +168,14 @@ def show_layouts(base_len:int=512,   # L_o
     text, rows = _places(target_len, base_len, shown), _places(n, base_len, shown)
     for y, m in enumerate(("pcw", "gp", "rp", "pi")):
         at = layout(m, base_len, target_len)
-        shade = lambda i: (cmap(float(at[i])/base_len), "white" if at[i] < .6*base_len else "black")
+        shade = lambda i: (cmap(float(at[i])/max(base_len-1, 1)), "white" if at[i] < .6*base_len else "black")
         _strip(axes[0], y, text, lambda i: f"{float(at[i]):.4g}", shade)
     for y, m in enumerate(("rp", "pi")):
         keep = frozen_rows(m, base_len, target_len)
-        _strip(axes[1], y, rows, str, lambda i: ("#7b8794", "white") if keep[i] else ("#f2b134", "black"))
+        start = layout(m, base_len, n)
+        _strip(axes[1], y, rows, lambda i: f"{float(start[i]):.4g}", lambda i: ("#6b7785", "white") if keep[i] else ("#f2b134", "black"))
     axes[0].set(xlim=(0, len(text)), ylim=(4, -.1), yticks=[.5, 1.5, 2.5, 3.5], yticklabels=["PCW", "GP", "RP", "PI"], xlabel="token", title="original position that is read")
-    axes[1].set(xlim=(0, len(rows)), ylim=(2, -.1), yticks=[.5, 1.5], yticklabels=["tuning\non RP", "tuning\non PI"], xlabel="row of the new table", title="grey: frozen (original vector), yellow: learned")
+    axes[1].set(xlim=(0, len(rows)), ylim=(2, -.1), yticks=[.5, 1.5], yticklabels=["tuning\non RP", "tuning\non PI"], xlabel="row of the new table", title="grey: frozen, yellow: learned, from this original position on")
     for ax, places in zip(axes, (text, rows)):
         ax.set_xticks([x+.5 for x, i in enumerate(places) if i is not None], [f"{i}" for i in places if i is not None], fontsize=7, rotation=90 if n > 100 else 0)
         ax.tick_params(length=0); ax.spines[:].set_visible(False)
