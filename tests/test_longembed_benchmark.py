@@ -273,3 +273,24 @@ def test_mteb_task_has_our_texts():
     task = story_task(8, 4, 80)
     theirs = mteb_task(task).dataset["default"]["test"]
     assert dict(zip(theirs["corpus"]["id"], theirs["corpus"]["text"])) == task.docs and theirs["relevant_docs"] == task.qrels
+
+
+# ---- what the paper prints
+
+def test_printed_values_are_checked_by_the_profile_paper():
+    "A value of the paper can be compared only if the profile names its models and data, and the cell exists once."
+    from lcnb.reproduction import registry
+    from lcnb.reproduction.claims import claims, published
+    for c in claims("longembed"):
+        if c.scope != "paper" or c.artifact not in registry.artifacts(): continue
+        want, given = c.check["printed"], registry.profile_params("paper", c.artifact)
+        assert given.get("model") == want["model"] and given.get("corpus") == want["corpus"], (c.id, given.get("model"), given.get("corpus"))
+        assert len([r for r in published("longembed", want["table"]) if all(r[k] == v for k, v in want["cell"].items())]) == 1, c.id
+        methods = given.get("methods")
+        if methods and "method" in c.check: assert c.check["method"] in {m for ms in methods for m in (ms if isinstance(ms, list) else [ms])}, c.id
+
+
+def test_every_artifact_of_the_claims_is_known():
+    from lcnb.reproduction.claims import claims, paper_notes
+    artifacts = {c.artifact for c in claims("longembed")}
+    assert artifacts == {f"longembed/{a}" for a in "table1 table2 table3 table5 table6 table7 fig1b fig1c fig4 fig5a fig5b fig6".split()} == set(paper_notes("longembed")["beside"])
