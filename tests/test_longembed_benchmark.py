@@ -294,3 +294,11 @@ def test_every_artifact_of_the_claims_is_known():
     from lcnb.reproduction.claims import claims, paper_notes
     artifacts = {c.artifact for c in claims("longembed")}
     assert artifacts == {f"longembed/{a}" for a in "table1 table2 table3 table5 table6 table7 fig1b fig1c fig4 fig5a fig5b fig6".split()} == set(paper_notes("longembed")["beside"])
+
+
+def test_a_claim_may_compare_series_without_a_method():
+    from lcnb.reproduction.claims import Claim, Result, check_claim
+    rows = [dict(method=m, length=1024, metric="best_average", value=v, series=s, factor=8) for m, s, v in (("se", "rope", .6), ("gp", "ape", .5))]
+    result = Result(None, rows, dict(params={}, resolved=dict(pretrained_len=128)))
+    check = dict(metric="best_average", where=dict(series="rope", factor=8), op=">", than=dict(where=dict(series="ape", factor=8)))
+    assert check_claim(Claim("x", "", "", "any", "longembed/fig6", check, ""), result) == ("holds", "0.6 > 0.5 (series ape) (factor 8)")

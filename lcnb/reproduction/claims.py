@@ -152,7 +152,7 @@ def _right(check, at, result, paper): # the right side of one comparison: value 
     if "number" in check: base, words = check["number"], ""
     else:
         sel = {k: check[k] for k in ("metric","method","where","agg","along") if k in check} | (dict(at=at) if at is not None else {}) | check["than"]
-        words = [sel["method"]]*("method" in sel) + [f"({k} {v})" for k,v in check["than"].get("where", {}).items()] + ([f"at {_times(sel['at'])}"] if "at" in sel else [])
+        words = [sel[k] for k in ("method",) if k in sel] + [f"({k} {v})" for k,v in check["than"].get("where", {}).items()] + ([f"at {_times(sel['at'])}"] if "at" in sel else [])
         base, words = select(result, sel), " " + " ".join(words)
     how = f"{base:.4g}{words}" + (f" x {times:g}" if times!=1 else "") + (f" {'+' if plus>0 else '-'} {abs(plus):g}" if plus else "")
     return base*times+plus, how
