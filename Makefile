@@ -39,8 +39,10 @@ test-clean: $(STAMP)  ## notebooks are clean and lcnb/ is what they export
 lab: $(STAMP)         ## open the book
 	$(BIN)/jupyter lab nbs
 
-train: $(STAMP)       ## train the tiny models again, from nothing (about 6 CPU-minutes; ARGS="--seed 1" for another)
+train: $(STAMP)       ## train the tiny models again, from nothing, into build/ (about 6 CPU-minutes each; ARGS="--seed 1" for others)
 	$(BIN)/python -m lcnb.laboratory.tiny_lm $(ARGS)
+	$(BIN)/python -m lcnb.longembed.tiny_encoder --kind ape $(ARGS)
+	$(BIN)/python -m lcnb.longembed.tiny_encoder --kind rope $(ARGS)
 
 bench: $(STAMP)       ## one table of time ratios against named baselines
 	$(BIN)/lcnb bench $(ARGS)
