@@ -56,7 +56,8 @@ def test_saved_tokenizer_is_ours(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_held_out_figures_are_those_of_the_card(kind, pair):
     logged, now = te.read_csv(FOLDERS[kind]/"training_log.csv")[-1], te.figures(pair[kind], te.WINDOW)
-    assert now["passkey"] >= .9 and now["needle"] >= .6 and now["story"] >= .4 and now["binding"] >= dict(ape=.45, rope=.6)[kind]
+    assert now["passkey"] >= .9 and now["needle"] >= .7 and now["story"] >= .4
+    if kind == "rope": assert now["binding"] >= .9
     assert all(abs(now[task] - float(logged[task])) <= .03 for task in te.TASKS), (now, logged)
 
 @pytest.mark.parametrize("kind", KINDS)
