@@ -20,6 +20,7 @@ from ..foundations.attention import attend, choose_backend
 from ..foundations.checks import positive_int, require
 from ..foundations.rope import rope
 from ..laboratory.cost import random_model
+from ..longembed.long_texts import bench_encode_long
 from ..methods import dca, extend, lm_infinite
 from .registry import home
 from .run import git_state, hardware, versions
@@ -194,6 +195,7 @@ def main(argv=None)->int: # exit code
     print(f"{a.device}, backend {choose_backend(a.device, dtypes[0])}, {shape[0]} heads of {shape[2]}, {torch.get_num_threads()} threads, {a.repeats} pairs each", flush=True)
     lines = [*_dca_lines(shape, dtypes, a.device, dca_n, a.repeats), *_window_lines(shape, dtypes[0], a.device, win_n, a.repeats)]
     if most >= 32768: lines += [*_decode_lines(cuda, 32768, 4*a.repeats), _stream_line()]
+    if not cuda: lines += [Line(**row) for row in bench_encode_long()]
     print(table(lines))
     _save(lines, a.out or home()/"figures"/"bench"/a.device)
     return 0
