@@ -74,9 +74,12 @@ def plot_averages(rows,                    # rows with the metric, `length` the 
     rows, ax = [r for r in rows if r["metric"] == metric], _axes(ax)
     require(rows, "rows", "no row", f"rows with the metric {metric!r}")
     start = [r for r in rows if r.get(by) == "none"]
+    drawn = []
     for name in dict.fromkeys(r[by] for r in rows if r[by] != "none"):
-        mine = sorted({r["length"]: r["value"] for r in [*start, *(r for r in rows if r[by] == name)]}.items())
-        ax.plot([n for n, _ in mine], [100*v for _, v in mine], **_marks(style_of(name), printed))
+        mine = sorted({r["length"]: 100*r["value"] for r in [*start, *(r for r in rows if r[by] == name)]}.items())
+        same = any(len(d) == len(mine) and all(n == k and abs(v-w) < .1 for (n, v), (k, w) in zip(d, mine)) for d in drawn)
+        ax.plot([n for n, _ in mine], [v for _, v in mine], **_marks(style_of(name), printed) | (dict(linestyle=(0, (4, 4)), markersize=4) if same else {}))
+        drawn.append(mine)
     _lengths(ax, [r["length"] for r in rows], pretrained_len, "target length (tokens; trained length dashed)")
     ax.set_ylabel("average over the tasks (percent)")
     if title: ax.set_title(title, fontsize=9)
