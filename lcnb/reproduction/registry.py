@@ -197,7 +197,8 @@ def run_key(id:str,      # an artifact's id
            )->str:       # 16 hex digits; `out` does not count
     "Identifies a run: same key, same rows."
     params = {k:v for k,v in params.items() if k!="out"}
-    texts = [v.removeprefix("file:").partition("#")[0] for v in params.values() if isinstance(v, str)]
+    values = [x for v in params.values() for x in (v if isinstance(v, list) else [v])]
+    texts = [v.removeprefix("file:").partition("#")[0] for v in values if isinstance(v, str)]
     outside = [_stat(t) for t in texts if os.sep in t or t.startswith("~")]
     return _digest(id, json.dumps(params, sort_keys=True), code_hash(id), outside)
 
