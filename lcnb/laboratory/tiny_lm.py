@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CONTEXT', 'CURRICULUM', 'new_model', 'Sequences', 'body', 'with_passkey', 'answer_weights', 'sequence',
-           'weighted_loss', 'optimisers', 'rate', 'held_out', 'save', 'phase', 'learn', 'train', 'main']
+           'weighted_loss', 'optimisers', 'rate', 'held_out', 'whole_folder', 'write_csv', 'save', 'phase', 'learn',
+           'train', 'main']
 
 # %% ../../nbs/2_laboratory/tiny_lm.ipynb #bf89ec65
-import argparse, csv, itertools, random, shutil, sys, tempfile, time
+import argparse, contextlib, csv, itertools, random, shutil, sys, tempfile, time
 from pathlib import Path
 import torch
 from ..foundations.checks import InputError, positive_int, require
@@ -169,24 +170,38 @@ def held_out(model, context:int, # tokens per sequence
     return dict(loss=weighted_loss(model, stories, torch.ones_like(stories)).item(), passkey=hit.all(-1).float().mean().item())
 
 # %% ../../nbs/2_laboratory/tiny_lm.ipynb #8d74f37b
-def save(model,    # `LlamaForCausalLM`
-         log:list, # rows of `train`
-         out,      # folder; files there that are not written here are kept
-        )->None:
-    "Write a stock Hugging Face folder and `training_log.csv`, complete or not at all."
+@contextlib.contextmanager
+def whole_folder(out, # folder; files there that are not written anew are kept
+                ):    # a context, with the folder to write into
+    "The folder takes the place of `out` when the block ends without an error: complete, or not at all."
     out = Path(out).absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as tmp:
         new, old = Path(tmp)/"new", Path(tmp)/"old"
         if out.exists(): shutil.copytree(out, new)
         new.mkdir(exist_ok=True)
-        model.save_pretrained(new), build_tokenizer().save_pretrained(new)
-        (new/"model.safetensors").chmod(0o644)
-        with open(new/"training_log.csv", "w", newline="") as f:
-            rows = csv.DictWriter(f, log[0].keys(), lineterminator="\n")
-            rows.writeheader(), rows.writerows(log)
+        yield new
         if out.exists(): out.rename(old)
         new.rename(out)
+
+def write_csv(file,      # to write
+              rows:list, # dicts with the same keys
+             )->None:
+    "Rows as a table; the first row names the columns."
+    with open(file, "w", newline="") as f:
+        w = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
+        w.writeheader(), w.writerows(rows)
+
+def save(model,    # `LlamaForCausalLM`
+         log:list, # rows of `train`
+         out,      # folder; files there that are not written here are kept
+        )->None:
+    "Write a stock Hugging Face folder and `training_log.csv`, complete or not at all."
+    with whole_folder(out) as new:
+        model.save_pretrained(new), build_tokenizer().save_pretrained(new)
+        (new/"model.safetensors").chmod(0o644)
+        write_csv(new/"training_log.csv", log)
+
 
 # %% ../../nbs/2_laboratory/tiny_lm.ipynb #1fce9efe
 def phase(done:float,  # share of the training that is behind, 0 to 1

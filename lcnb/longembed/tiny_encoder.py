@@ -6,16 +6,17 @@
 __all__ = ['KINDS', 'WINDOW', 'QUERIES', 'TEMPERATURE', 'CURRICULUM', 'MIX', 'TOKENS', 'METHODS', 'TASKS', 'CARD',
            'encoder_tokenizer', 'shared_order', 'new_model', 'embed', 'Texts', 'take', 'hide', 'filler', 'crowd',
            'passkeys', 'near_miss', 'hunts', 'tales', 'excerpts', 'contrastive', 'batch', 'optimisers', 'learn',
-           'held_out_sets', 'score', 'encode', 'save', 'write_csv', 'rate', 'train', 'round_weights', 'figures',
-           'kind_of', 'measure', 'read_csv', 'table', 'seeds_table', 'beyond_table', 'write_card', 'card', 'main']
+           'held_out_sets', 'score', 'encode', 'save', 'rate', 'train', 'round_weights', 'figures', 'kind_of',
+           'measure', 'read_csv', 'table', 'seeds_table', 'beyond_table', 'write_card', 'card', 'main']
 
 # %% ../../nbs/4_longembed/tiny_encoder.ipynb #72e09c15
-import argparse, csv, json, random, re, shutil, sys, tempfile, time
+import argparse, csv, json, random, re, sys, time
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from ..foundations.checks import InputError, positive_int, require
 from ..laboratory.grammar import BOS, CASTS, EOS, LEXICON, PASSKEY_FILLER, SPOTS, VERBS, World, build_tokenizer, sentences
+from ..laboratory.tiny_lm import whole_folder, write_csv
 from .facts import (EXTRA, INFINITIVES, ONE, PASSKEY_QUERY, PASSKEY_STATEMENT, TWO,
                                   needle, needles, people, recall, story_query, swaps, things)
 
@@ -318,12 +319,7 @@ def save(model,    # encoder
          out,      # folder; files there that are not written here are kept
         )->None:
     "Write the folder, complete or not at all."
-    out = Path(out).absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as tmp:
-        new, old = Path(tmp)/"new", Path(tmp)/"old"
-        if out.exists(): shutil.copytree(out, new)
-        new.mkdir(exist_ok=True)
+    with whole_folder(out) as new:
         model.save_pretrained(new, state_dict={k: v.half() for k, v in model.state_dict().items()}), encoder_tokenizer().save_pretrained(new)
         (new/"model.safetensors").chmod(0o644)
         files = _modules(model.config.hidden_size)
@@ -332,14 +328,6 @@ def save(model,    # encoder
             (new/name).parent.mkdir(exist_ok=True)
             (new/name).write_text(json.dumps(content, indent=2) + "\n")
         for name, rows in logs.items(): write_csv(new/name, rows)
-        if out.exists(): out.rename(old)
-        new.rename(out)
-
-def write_csv(file, rows:list)->None:
-    "Rows as a table; the first row names the columns."
-    with open(file, "w", newline="") as f:
-        w = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
-        w.writeheader(), w.writerows(rows)
 
 # %% ../../nbs/4_longembed/tiny_encoder.ipynb #bd3d12af
 TOKENS = 3_000_000
