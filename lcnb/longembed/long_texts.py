@@ -447,7 +447,7 @@ def mixed_texts(tokenizer,        # of Hugging Face
 # %% ../../nbs/4_longembed/long_texts.ipynb #49dfe4db
 def bench_encode_long(n:int=2000,      # texts
                       parts:int=5,     # of them, timed in turn
-                      n_layers:int=2,  # of the six of MiniLM
+                      n_layers:int=6,  # MiniLM's
                       hidden_size:int=384, # MiniLM's
                      )->list:          # one row: measure, baseline, setting, ratio, low, high, seconds, goal
     "Processor time of `encode_long` by that of `SentenceTransformer.encode`: same untrained BERT, same vectors, one thread."
