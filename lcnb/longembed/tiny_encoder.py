@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'WINDOW', 'QUERIES', 'TEMPERATURE', 'CURRICULUM', 'MIX', 'TO
            'encoder_tokenizer', 'shared_order', 'new_model', 'embed', 'Texts', 'take', 'hide', 'filler', 'crowd',
            'passkeys', 'near_miss', 'hunts', 'tales', 'excerpts', 'contrastive', 'batch', 'optimisers', 'learn',
            'held_out_sets', 'score', 'encode', 'save', 'rate', 'train', 'round_weights', 'figures', 'kind_of',
-           'measure', 'read_csv', 'table', 'seeds_table', 'beyond_table', 'write_card', 'card', 'main']
+           'measure', 'read_csv', 'seeds_table', 'beyond_table', 'write_card', 'card', 'main']
 
 # %% ../../nbs/4_longembed/tiny_encoder.ipynb #72e09c15
 import argparse, csv, json, random, re, sys, time
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from ..foundations.checks import InputError, positive_int, require
 from ..laboratory.grammar import BOS, CASTS, EOS, LEXICON, PASSKEY_FILLER, SPOTS, VERBS, World, build_tokenizer, sentences
 from ..laboratory.tiny_lm import whole_folder, write_csv
+from .benchmark import markdown
 from .facts import (EXTRA, INFINITIVES, ONE, PASSKEY_QUERY, PASSKEY_STATEMENT, TWO,
                                   needle, needles, people, recall, story_query, swaps, things)
 
@@ -411,21 +412,17 @@ TASKS = ("passkey", "needle", "story", "excerpt", "binding")
 def read_csv(file)->list: # rows of text
     with open(file, newline="") as f: return list(csv.DictReader(f))
 
-def table(head:list, rows:list)->str: # cells; markdown
-    "A markdown table."
-    return "\n".join("| " + " | ".join(map(str, r)) + " |" for r in [head, ["---"]*len(head), *rows])
-
 def seeds_table(folder)->str: # markdown
     "Held-out figures of every seed, from the last rows of the logs."
     logs = {(re.search(r"seed(\d+)", f.name) or "00")[1]: read_csv(f)[-1] for f in sorted(Path(folder).glob("training_log*.csv"))}
-    return table(["seed", "million tokens", "CPU minutes", *TASKS],
-                 [[seed, f"{int(r['tokens'])/1e6:.1f}", f"{float(r['cpu_seconds'])/60:.1f}", *(f"{float(r[t]):.2f}" for t in TASKS)] for seed, r in logs.items()])
+    return markdown(["seed", "million tokens", "CPU minutes", *TASKS],
+                    [[seed, f"{int(r['tokens'])/1e6:.1f}", f"{float(r['cpu_seconds'])/60:.1f}", *(f"{float(r[t]):.2f}" for t in TASKS)] for seed, r in logs.items()])
 
 def beyond_table(rows:list, dataset:str)->str: # of `measure`, passkey or needle; markdown
     "Acc@1 by method and length."
     cells = {(r["method"], int(r["length"])): f"{float(r['value']):.2f}" for r in rows if dataset in r["dataset"]}
     lengths, methods = sorted({n for _, n in cells}), list(dict.fromkeys(m for m, _ in cells))
-    return table([dataset, *lengths], [[m, *(cells.get((m, n), "as truncation") for n in lengths)] for m in methods])
+    return markdown([dataset, *lengths], [[m, *(cells.get((m, n), "as truncation") for n in lengths)] for m in methods])
 
 # %% ../../nbs/4_longembed/tiny_encoder.ipynb #c241cd8f
 CARD = """---

@@ -6,8 +6,7 @@
 __all__ = ['QUERIES', 'as_retriever', 'Segment', 'MemLong', 'official_code']
 
 # %% ../../nbs/5_memlong/model.ipynb #e809797d
-import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +38,14 @@ class Segment:
     "Local tokens from `start` on, until the next segment, and what they read."
     start:int  # local position of its first token
     rows:list  # per row of the batch `(mem_k (hk,M,d), mem_v, lengths)`, or None
+    _ready:dict = field(default_factory=dict, repr=False)
 
     def stacked(self, like):
-        "`(mem_k, mem_v, lengths)` of the whole batch if all rows hold as much, else None."
+        "`(mem_k, mem_v, lengths)` of the whole batch if all rows hold as much, else None; brought to the model once, for all layers and steps."
         if any(r is None for r in self.rows) or any(r[2] != self.rows[0][2] for r in self.rows): return None
-        return *(torch.stack([r[i] for r in self.rows]).to(like) for i in (0, 1)), self.rows[0][2]
+        key = like.device, like.dtype
+        if key not in self._ready: self._ready[key] = *(torch.stack([r[i] for r in self.rows]).to(like) for i in (0, 1)), self.rows[0][2]
+        return self._ready[key]
 
 class _Enough(Exception):
     "The memory layer has been reached; what lies above it need not run."
@@ -138,10 +140,9 @@ def official_code(**options)->dict: # options of `MemLong`
     return dict(reading="official_code", gate=False, query="paper", policy="fifo_half", start=1, store_main=True, segment=2**30, local_len=2**30) | options
 
 # %% ../../nbs/5_memlong/model.ipynb #d7018e3d
-def _unturned(self, k, first=0):
-    "Keys at local positions first.. turned back to position 0."
-    at = -torch.arange(first, first+k.shape[2], device=k.device)
-    return replace(self.rope, factor=1.)(k, at)
+def _unturned(self, k):
+    "Keys at local positions 0, 1, ... turned back to position 0."
+    return replace(self.rope, factor=1.)(k, -torch.arange(k.shape[2], device=k.device))
 
 @torch.no_grad()
 def _kv_of(self, windows):
@@ -179,7 +180,7 @@ def _search(self, row, query):
 
 def _write(self, row, k, v, r, text):
     "Store one chunk `(hk,t,d)` of a row."
-    self.banks[row].add([k.to(self.memory_dtype)], [v.to(self.memory_dtype)], r[None], [text])
+    self.banks[row].add([k], [v], r[None], [text])
 
 def _ensure(self, b, kv_shape, dim):
     "A memory for each row."
@@ -218,7 +219,6 @@ def _segments(self, main):
 def _reader(self, segments, kept=None):
     "The attention function of a pass whose local tokens read `segments`; a dict `kept` gets the memory layer's keys and values."
     gates = dict(zip(self.retrieval_layers, self.gates if self.gates is not None else [None]*len(self.retrieval_layers)))
-    segments = [s for s in segments]
     found = any(r is not None for s in segments for r in s.rows)
     def read(stock, module, q, k, v, mask, scaling=None, **kw):
         layer = self._depth[module]

@@ -20,6 +20,7 @@ from ..foundations.attention import attend, choose_backend
 from ..foundations.checks import positive_int, require
 from ..foundations.rope import rope
 from ..laboratory.cost import random_model
+from ..longembed.benchmark import markdown
 from ..longembed.long_texts import bench_encode_long
 from ..methods import dca, extend, lm_infinite
 from .registry import home
@@ -163,7 +164,7 @@ def table(lines)->str:
     head = ["measure", "baseline", "setting", "ratio", "range", "seconds", "goal"]
     span = lambda l: f"{l.low:.2f}-{l.high:.2f}" if l.high else ""
     cells = [[l.measure, l.baseline, l.setting, f"{l.ratio:.3f}", span(l), f"{l.seconds:.3g}" if l.seconds else "", l.goal] for l in lines]
-    return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"]*len(head), *cells])
+    return markdown(head, cells)
 
 # %% ../../nbs/7_reproduction/bench.ipynb #ff6e1e5d
 def _save(lines, folder):
