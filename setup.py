@@ -12,6 +12,6 @@ setup(
     license="Apache-2.0", author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"],
     packages=find_packages(include=["lcnb", "lcnb.*"]), python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "gpu", "real")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "gpu", "cluster", "real")},
     entry_points={"console_scripts": cfg["console_scripts"].split("\n")},
 )
