@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Artifact', 'Param', 'RESULT_FILES', 'home', 'state_dir', 'cells', 'artifacts', 'unknown', 'artifact', 'parameters',
            'coerce', 'parse_pairs', 'resolve', 'profile_names', 'profile', 'variables', 'profile_params', 'code_hash',
-           'run_key', 'result_dir', 'check_out']
+           'trained_folder', 'run_key', 'result_dir', 'check_out']
 
 # %% ../../nbs/7_reproduction/registry.ipynb #29821be5
 import ast, copy, difflib, functools, hashlib, io, json, os, re, tokenize
@@ -199,7 +199,7 @@ def profile_params(name:str, # a profile
     return resolve(id, base | given)
 
 # %% ../../nbs/7_reproduction/registry.ipynb #8b37a7e3
-_LOOK_ON = {"_modidx.py", "cli.py", "report.py"} # never imported by an experiment
+_LOOK_ON = {"_modidx.py", "cli.py", "report.py", "plan.py", "verify.py", "cluster.py"} # never imported by an experiment
 
 def _digest(*parts): # 16 hex digits of a sha256 over texts and bytes, unambiguous at their borders
     h = hashlib.sha256()
@@ -240,12 +240,19 @@ def _paths(text): # what a text may name on disk; `file:PATH#column` with and wi
     bare = re.sub(r"^(file|folder|jsonl):", "", text)
     return list(dict.fromkeys([bare, bare.rpartition("#")[0] or bare])) if bare != text or os.sep in text or text.startswith("~") else []
 
+def trained_folder(params:dict, # every parameter's value
+                  )->str:       # or None
+    "The folder that a run fills with adapters which others read: `memlong`, if `train` is true. It is a result, not an input."
+    folder = params.get("memlong") if params.get("train") else None
+    return None if folder=="tiny" else folder
+
 def run_key(id:str,      # an artifact's id
             params:dict, # every parameter's value
            )->str:       # 16 hex digits; `out` does not count
     "Identifies a run: same key, same rows."
     params = {k:v for k,v in params.items() if k!="out"}
-    outside = [_stat(p) for t in _texts(params) for p in _paths(t)]
+    read = {k:v for k,v in params.items() if v!=trained_folder(params)}
+    outside = [_stat(p) for t in _texts(read) for p in _paths(t)]
     return _digest(id, json.dumps(params, sort_keys=True), code_hash(id), outside)
 
 # %% ../../nbs/7_reproduction/registry.ipynb #a28f5e91
