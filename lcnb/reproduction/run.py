@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'names_set', 'check_rows', 'rows_csv', 'length_table', 'versions', 'git_state', 'hardware', 'peak_memory',
-           'command', 'save_figure', 'Run', 'start_run']
+           'command', 'said_commit', 'save_figure', 'keep_unchanged', 'Run', 'start_run']
 
 # %% ../../nbs/7_reproduction/run.ipynb #1c5c8fc3
-import ast, csv, io, json, math, os, platform, shutil, subprocess, sys, time
+import ast, csv, io, json, math, os, platform, re, shutil, subprocess, sys, time
 from importlib import metadata
 from pathlib import Path
 
@@ -104,12 +104,12 @@ def _cpu(): # the processor's name
     except OSError: names = []
     return names[0] if names else platform.processor() or platform.machine()
 
-def hardware()->dict: # `device`, `cpu`, `cores`, `threads`, and with CUDA `gpu`, `cuda`
+def hardware()->dict: # `device`, `cpu`, `cores`, `threads`, `vector` (the instructions that torch uses), and with CUDA `gpu`, `cuda`
     "The machine, as far as the process can see it; torch is asked only if the experiment loaded it."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found, torch = dict(device="cpu", cpu=_cpu(), cores=cores), sys.modules.get("torch")
     if torch is None: return found
-    found["threads"] = torch.get_num_threads()
+    found |= dict(threads=torch.get_num_threads(), vector=torch.backends.cpu.get_cpu_capability())
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         found |= dict(device="cuda", gpu=torch.cuda.get_device_name(), cuda=torch.version.cuda)
     return found
@@ -154,15 +154,42 @@ def _alive(pid): # is there such a process?
     return True
 
 # %% ../../nbs/7_reproduction/run.ipynb #439b64ca
+def said_commit(git:dict, # from `git_state`
+               )->str:
+    "The commit that a picture or table carries."
+    return f"commit {git['sha'] or 'unknown'}{' with local changes' if git['dirty'] else ''}"
+
 def save_figure(fig,         # a matplotlib figure
                 folder:Path, # where `figure.png` and `figure.svg` go
                 salt:str,    # seeds the ids inside the SVG
+                **made,      # `Description` and `Source`, for the metadata
                )->None:
     "The figure as PNG and SVG, byte for byte the same for the same figure."
     import matplotlib
     with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
-        fig.savefig(folder/"figure.svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-        fig.savefig(folder/"figure.png", bbox_inches="tight", dpi=160, metadata={"Software": None})
+        fig.savefig(folder/"figure.svg", bbox_inches="tight", metadata=made | {"Date": None, "Creator": None})
+        fig.savefig(folder/"figure.png", bbox_inches="tight", dpi=160, metadata=made | {"Software": None})
+
+# %% ../../nbs/7_reproduction/run.ipynb #68c3cb8b
+_SAID = re.compile(rb"commit (unknown|[0-9a-f]{40}( with local changes)?)")
+
+def _but_commit(data): # a picture's or table's bytes without the commit; of a PNG its chunks, whose checksums and lengths cover the commit too
+    if not data.startswith(b"\x89PNG"): return _SAID.sub(b"", data)
+    parts, at = [], 8
+    while at < len(data):
+        n = int.from_bytes(data[at:at+4], "big")
+        parts.append(_SAID.sub(b"", data[at+4:at+8+n]))
+        at += 12+n
+    return parts
+
+def keep_unchanged(tmp:Path, # folder of the new files
+                   out:Path, # folder of the earlier result
+                  )->list:   # names of the files that stay
+    "Take the earlier picture or table where the new one differs in nothing but the commit."
+    both = [name for name in ("figure.png", "figure.svg", "table.md") if (tmp/name).is_file() and (out/name).is_file()]
+    same = [name for name in both if _but_commit((tmp/name).read_bytes())==_but_commit((out/name).read_bytes())]
+    for name in same: shutil.copyfile(out/name, tmp/name)
+    return same
 
 # %% ../../nbs/7_reproduction/run.ipynb #75e7c486
 class Run:
@@ -198,10 +225,13 @@ class Run:
         tmp = self.out.with_name(f".{self.out.name}.tmp-{os.getpid()}")
         tmp.mkdir()
         try:
+            record = self.record(notes)
+            made = dict(Description=record["command"], Source=said_commit(record["git"]))
             (tmp/"rows.csv").write_text(rows_csv(rows, self.run_id), encoding="utf8")
-            if figure is not None: save_figure(figure, tmp, self.id)
-            if table is not None: (tmp/"table.md").write_text(table.rstrip()+"\n", encoding="utf8")
-            (tmp/"run.json").write_text(json.dumps(self.record(notes), indent=1, ensure_ascii=False)+"\n", encoding="utf8")
+            if figure is not None: save_figure(figure, tmp, self.id, **made)
+            if table is not None: (tmp/"table.md").write_text(f"{table.rstrip()}\n\n<!-- {made['Description']}; {made['Source']} -->\n", encoding="utf8")
+            (tmp/"run.json").write_text(json.dumps(record, indent=1, ensure_ascii=False)+"\n", encoding="utf8")
+            keep_unchanged(tmp, self.out)
             _replace(tmp, self.out)
         finally: shutil.rmtree(tmp, ignore_errors=True)
         return self.out
