@@ -229,7 +229,8 @@ def test_an_experiment_notebook_is_thin_and_tagged(id):
 
 
 @pytest.mark.parametrize("profile", registry.profile_names())
-def test_profiles_fit_their_notebooks(profile):
+def test_profiles_fit_their_notebooks(profile, monkeypatch, tmp_path):
+    for name in registry.profile(profile).get("variables") or {}: monkeypatch.setenv(name, str(tmp_path))
     for id, entry in registry.profile(profile)["artifacts"].items():
         assert entry["cost"] and registry.profile_params(profile, id)
 

@@ -132,7 +132,7 @@ def select(result:Result, # a finished run
     c, along = trained_len(result), sel.get("along", "length")
     hit = [r["value"] for r in result.rows if r["metric"]==sel["metric"] and r["method"]==sel.get("method", r["method"])
            and all(r.get(k)==v for k,v in sel.get("where", {}).items()) and ("at" not in sel or _near(r, sel["at"], along, c))]
-    if not hit: raise Missing(f"no {sel['metric']} of {sel.get('method', 'any method')}" + (f" at {_times(sel['at'])}" if "at" in sel else ""))
+    if not hit: raise Missing(f"no {sel['metric']} of {sel.get('method', 'any method')}" + "".join(f", {k} {v}," for k,v in sel.get("where", {}).items()) + (f" at {_times(sel['at'])}" if "at" in sel else ""))
     return {"mean": lambda v: sum(v)/len(v), "max": max, "min": min}[sel.get("agg", "mean")](hit)
 
 def trained_len(result)->int: # tokens; what multiples of a length are multiples of
@@ -165,9 +165,11 @@ def _lengths(check, result): # the multiples a check speaks about; `beyond: 1` i
 # %% ../../nbs/7_reproduction/claims.ipynb #4a2caabb
 def check_claim(claim:Claim,  # what is claimed
                 result,       # a `Result`, or None where the artifact has not been run
+                cannot:dict={}, # metric -> why it says nothing about a method here; a profile says so of a model that cannot do the task at all
                )->Verdict:
     "Hold one claim against one result."
     if result is None: return Verdict("not run", "no result")
+    if claim.check["metric"] in cannot: return Verdict("not comparable", cannot[claim.check["metric"]])
     if "printed" in claim.check: return _check_printed(claim, result)
     said, ok = [], True
     for at in _lengths(claim.check, result):

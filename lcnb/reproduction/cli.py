@@ -50,14 +50,15 @@ def cmd_reproduce(args)->int:
 
 # %% ../../nbs/7_reproduction/cli.ipynb #e55b9af7
 def cmd_report(args)->int:
-    "`lcnb report [--out FILE]`"
+    "`lcnb report [--profile P] [--out FILE]`"
     from lcnb.reproduction.report import write_report
-    path = write_report(args.out)
+    if args.only: registry.profile(args.only) # refused here if there is none
+    path = write_report(args.out, only=args.only)
     print(f"report -> {os.path.relpath(path)}")
     return 0
 
 OWN = dict(plan="what a profile would download, need and take on this machine", verify="run some artifacts again and compare with the committed rows",
-           bench="measure time ratios against named baselines") # commands whose module reads the rest of the line itself
+           bench="measure time ratios against named baselines", gpu="run the profile gpu and the benches on this machine's GPU") # commands whose module reads the rest of the line itself
 
 def cmd_own(args)->int:
     "`lcnb plan|verify|bench [...]`: the rest of the line belongs to the module of that name"
@@ -107,7 +108,7 @@ def _parser(): # all commands and their options
         s.set_defaults(fn=fn)
         for o in options: s.add_argument(*o[0], **o[1])
     def opt(*names, **kw): return names, kw
-    profile = opt("--profile", default="tiny", help="tiny (default), gpu or paper: which parameters")
+    profile = opt("--profile", default="tiny", help="tiny (default), gpu, paper or assets: which parameters")
     pairs = opt("-p", action="append", default=[], metavar="key=value", help="a parameter; the value is a YAML or JSON literal; may be repeated")
     plain = opt("--no-notebook", action="store_true", help="run the code cells without Jupyter: same parameters, same rows")
     force = opt("--force", action="store_true", help="run even what is done with the same parameters and code")
@@ -116,7 +117,8 @@ def _parser(): # all commands and their options
         opt("--out", help="folder of the result; default figures/<profile>/ID, or figures/scratch/ID if -p changes a value"))
     add("reproduce", cmd_reproduce, "run every artifact of a profile", profile, pairs, force, plain, opt("--jobs", type=int, default=1, help="how many at a time"),
         opt("--only", default="*", metavar="PATTERN", help="artifacts that fit, e.g. dca or '*/table*'"), opt("--out", help="folder in place of figures/<profile>"))
-    add("report", cmd_report, "write one HTML page on all results", opt("--out", help="file; default figures/report.html"))
+    add("report", cmd_report, "write one HTML page on all results", opt("--profile", dest="only", help="only the results of this profile"),
+        opt("--out", help="file; default figures/report.html, or figures/<profile>/report.html"))
     add("doctor", cmd_doctor, "say what is installed, found and used")
     for name,text in OWN.items(): add(name, cmd_own, f"{text}; `lcnb {name} --help` says how")
     return p

@@ -196,10 +196,11 @@ def profile_params(name:str, # a profile
     require(entry is not None, "profile", name, f"one that has parameters for {a.id}")
     base = _filled(entry.get("params") or {}, variables(name))
     resolve(id, base, f"{name}.yaml: ")
-    return resolve(id, base | given)
+    from lcnb.reproduction.plan import pinned # late, since it imports this module
+    return pinned(resolve(id, base | given))
 
 # %% ../../nbs/7_reproduction/registry.ipynb #8b37a7e3
-_LOOK_ON = {"_modidx.py", "cli.py", "report.py", "plan.py", "verify.py", "cluster.py"} # never imported by an experiment
+_LOOK_ON = {"_modidx.py", "cli.py", "report.py", "plan.py", "verify.py", "cluster.py", "gpu.py"} # never imported by an experiment
 
 def _digest(*parts): # 16 hex digits of a sha256 over texts and bytes, unambiguous at their borders
     h = hashlib.sha256()

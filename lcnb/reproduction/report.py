@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..foundations.checks import require
 from .claims import Missing, check_claim, claims, load_result, paper_notes, published, select, trained_len
-from .registry import artifacts, home, profile_names, result_dir
+from .registry import artifacts, home, profile, profile_names
 from .run import git_state
 
 # %% ../../nbs/7_reproduction/report.ipynb #b30ecfa3
@@ -134,16 +134,16 @@ def _picture(path): # (base64, width in CSS pixels) of a PNG; its width stands i
     return base64.b64encode(png).decode(), int.from_bytes(png[16:20], "big")*96//160
 
 # %% ../../nbs/7_reproduction/report.ipynb #323c7633
-def _result_card(id, profile, result, notes, said): # one artifact at one profile
-    (picture, width), beside = _picture(result.folder/"figure.png"), notes.get("beside", {}).get(id, {})
-    return dict(profile=profile, run=result.run, notes=result.run["notes"], words=beside.get("words"), provenance=provenance(result.run),
+def _result_card(id, name, result, notes, said): # one artifact at one profile
+    (picture, width), beside, told = _picture(result.folder/"figure.png"), notes.get("beside", {}).get(id, {}), profile(name)["artifacts"].get(id, {})
+    return dict(profile=name, run=result.run, notes=[n for n in (told.get("words"), result.run["notes"]) if n], words=beside.get("words"), provenance=provenance(result.run),
                 picture=picture, width=width,
                 tables=tables(result, beside | dict(paper=id.split("/")[0])), all_rows=result.rows if len(result.rows)<=400 else None,
-                claims=[dict(claim=c, verdict=check_claim(c, result)) for c in said])
+                claims=[dict(claim=c, verdict=check_claim(c, result, told.get("cannot") or {})) for c in said])
 
-def _card(a, notes, said, figures): # one artifact
+def _card(a, notes, said, figures, names): # one artifact
     said, results = [c for c in said if c.artifact==a.id], []
-    for p in profile_names():
+    for p in names:
         found = load_result(figures/p/a.id)
         if found: results.append(_result_card(a.id, p, found, notes, said))
     counts = Counter(c["verdict"].status for r in results for c in r["claims"]) if results else Counter({"not run": len(said)})
@@ -151,17 +151,19 @@ def _card(a, notes, said, figures): # one artifact
 
 # %% ../../nbs/7_reproduction/report.ipynb #2fff3366
 def gather(figures:Path=None, # folder with one folder a profile; default `figures` of the checkout
+           only:str=None,     # a profile: its artifacts and nothing else
           )->dict:            # all that the page shows
     "Papers, their artifacts, results and verdicts."
-    figures, papers = Path(figures or home()/"figures"), []
-    for name in sorted({a.paper for a in artifacts().values()}):
+    figures, papers, names = Path(figures or home()/"figures"), [], [only] if only else profile_names()
+    asked = {id: a for id,a in artifacts().items() if not only or id in profile(only)["artifacts"]}
+    for name in sorted({a.paper for a in asked.values()}):
         notes, said = paper_notes(name), claims(name)
         papers.append(dict(name=name, title=notes["title"], arxiv=notes["arxiv"], official_code=notes["official_code"], findings=notes.get("findings", []),
                            later=[c for c in said if c.artifact not in artifacts()],
-                           artifacts=[_card(a, notes, said, figures) for a in artifacts().values() if a.paper==name]))
+                           artifacts=[_card(a, notes, said, figures, names) for a in asked.values() if a.paper==name]))
     shown = [(a, r, c) for p in papers for a in p["artifacts"] for r in a["results"] for c in r["claims"]]
     fails = [dict(anchor=a["anchor"], profile=r["profile"], **c) for a,r,c in shown if c["verdict"].status=="does not hold"]
-    return dict(papers=papers, fails=fails, git=git_state(), summary=_summary(papers, shown))
+    return dict(papers=papers, fails=fails, git=git_state(), summary=_summary(papers, shown), profile=only, about=profile(only)["about"] if only else None)
 
 def _summary(papers, shown): # one sentence
     run = sum(bool(a["results"]) for p in papers for a in p["artifacts"])
@@ -171,16 +173,17 @@ def _summary(papers, shown): # one sentence
             + (f"; {told['not run']} could not be run" if told["not run"] else "") + ".")
 
 # %% ../../nbs/7_reproduction/report.ipynb #69451c20
-def write_report(out=None,     # file; default figures/report.html in the checkout
+def write_report(out=None,     # file; default figures/report.html in the checkout, or figures/<profile>/report.html
                  figures=None, # folder with one folder a profile; default `figures` of the checkout
+                 only:str=None, # a profile: a page on its results alone
                 )->Path:       # the file
     "Write the page, whole or not at all."
     import jinja2
-    out = Path(out or home()/"figures"/"report.html").expanduser().absolute()
+    out = Path(out or home()/"figures"/(only or "")/"report.html").expanduser().absolute()
     require(not out.is_dir(), "out", str(out), "a file, not a folder")
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(home()/"data"/"report"), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     env.filters["code"] = _code
-    page = env.get_template("report.html.j2").render(gather(figures))
+    page = env.get_template("report.html.j2").render(gather(figures, only))
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp = out.with_name(f".{out.name}.{os.getpid()}")
     tmp.write_text(page, encoding="utf8")

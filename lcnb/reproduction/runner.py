@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..foundations.checks import InputError, positive_int
-from .registry import _digest, artifact, artifacts, cells, check_out, home, profile, profile_params, result_dir, run_key, state_dir
+from .registry import _digest, artifact, artifacts, cells, check_out, home, profile, profile_params, result_dir, run_key, state_dir, variables
 
 # %% ../../nbs/7_reproduction/runner.ipynb #501f6b51
 def _record(out): return state_dir()/"done"/f"{_digest(Path(out).absolute())}.json"
@@ -197,6 +197,7 @@ def reproduce(profile_name:str="tiny", # a profile
     "Run every artifact of a profile, some at a time, in processes of their own."
     positive_int("jobs", jobs)
     ids, slots = chosen(profile_name, only), list(range(jobs))
+    variables(profile_name) # one sentence if a folder is missing that all of its artifacts need
     threads = max(1, (os.cpu_count() or 1)//jobs)
     def one(id):
         slot = slots.pop(0)
