@@ -399,3 +399,13 @@ def test_a_pinned_commit_is_what_a_run_asks_for():
     assert fill(dict(model="intfloat/e5-base-v2", shape="llama-2-7b", revision=None))["revision"] is None
     assert fill(dict(corpus=["hub:mteb/scifact", "hub:mteb/nfcorpus"], data_revision=None))["data_revision"] is None      # two repositories
     assert fill(dict(corpus=["hub:mteb/scifact"], data_revision=None))["data_revision"].startswith("d56462d0")
+
+def test_profiles_are_read_with_the_commits(home):
+    at = registry.profile_params("paper", "longembed/table7")["revision"]
+    assert at == plan.hub()["models"]["intfloat/e5-mistral-7b-instruct"]["revision"] and registry.profile_params("paper", "longembed/table7", dict(revision="main"))["revision"] == "main"
+    assert registry.profile_params("paper", "dca/table1")["revision"] is None and registry.profile_params("tiny", "dca/table1")["revision"] is None
+    home((LLAMA, LLAMA.replace("null", "e"*40)))
+    assert registry.profile_params("paper", "dca/table1")["revision"] == "e"*40
+    home((LLAMA, LLAMA.replace("null", "main")))                                       # a broken entry is in nobody's way who reads nothing from the hub
+    assert registry.profile_params("tiny", "dca/table1")["revision"] is None
+    with pytest.raises(InputError, match="Llama-2-7b-hf: revision='main'"): registry.profile_params("paper", "dca/table1")

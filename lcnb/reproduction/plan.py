@@ -518,16 +518,16 @@ def _write(path, commits): # the file with other revisions, all else as it was
     new.write_text("".join(lines), encoding="utf8")
     os.replace(new, path)
 
-# %% ../../nbs/7_reproduction/plan.ipynb #61c935e5
+# %% ../../nbs/7_reproduction/plan.ipynb #2319024f
 def pinned(params:dict, # every parameter's value
           )->dict:      # the same, `revision` and `data_revision` filled in where they are None and a commit is known
     "The commits of data/hub.yaml, for what was left open."
     if not hub_path().is_file(): return params
     p, commit = dict(params), lambda part, name: hub()[part].get(name, {}).get("revision")
-    if "revision" in p and p["revision"] is None and p.get("model") and not p.get("shape"):
+    if p.get("revision", 0) is None and not p.get("shape") and any("/" in str(n) for n in _list(p.get("model"))): # this project's own models have no such names
         at = [commit("models", n) for n in _list(p["model"])]
         if any(at): p["revision"] = at if isinstance(p["model"], list) else at[0]
-    if "data_revision" in p and p["data_revision"] is None:
+    if p.get("data_revision", 0) is None and any(str(c).startswith("hub:") for c in _list(p.get("corpus"))):
         names = {d["name"] for d in data_of(p) if d["kind"] == "hub"}
         if len(names) == 1: p["data_revision"] = commit("datasets", names.pop())
     return p
