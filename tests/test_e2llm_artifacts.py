@@ -152,7 +152,7 @@ def test_the_table_and_the_sweep_share_the_default_run():
 
 
 @pytest.mark.parametrize("profile", ["gpu", "paper"])
-@pytest.mark.parametrize("artifact", ["fig3", "table2"])
+@pytest.mark.parametrize("artifact", ["fig3", "table2", "table3", "fig4", "windows"])
 def test_profiles_name_parameters_that_there_are(profile, artifact):
     known = registry.parameters(registry.artifact(f"e2llm/{artifact}").notebook)
     params = profile_params(profile, f"e2llm/{artifact}")

@@ -7,7 +7,7 @@ __all__ = ['PROMPTS', 'TINY_PROMPTS', 'Row', 'Assembled', 'Scored', 'SETTINGS', 
            'paper_shapes', 'lora_count', 'trained_sizes', 'load_e2llm']
 
 # %% ../../nbs/6_e2llm/model.ipynb #3f7c7e65
-import json
+import contextlib, json
 from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..laboratory.lora import add_lora, attention_maps, n_trainable, save_lora
 from ..laboratory.models import Loaded, load_model
 from ..laboratory.tiny_lm import whole_folder
 from ..longembed.encoders import load_encoder
+from ..methods import extend, make_plan
 
 # %% ../../nbs/6_e2llm/model.ipynb #fe71b380
 class Adapter(nn.Sequential):
@@ -109,6 +110,7 @@ class E2LLM(nn.Module):
         self.chunk_size, self.overlap, self.reading, self.prompts, self.eos = positive_int("chunk_size", chunk_size), overlap, reading, dict(prompts), eos
         self.ranks, self.micro_batch, self.checkpointing = (encoder_rank, decoder_rank), positive_int("micro_batch", micro_batch), checkpointing
         chunk_text("", chunk_size, overlap, reading)                              # its own sentences
+        self._stretched = None
         self._lora = (add_lora(self.reader, encoder_rank, seed=seed), add_lora(self.decoder, decoder_rank, mlp=mlp, seed=seed)) if lora else (self.reader, self.decoder)
         if checkpointing: self.decoder.gradient_checkpointing_enable(dict(use_reentrant=False))
         self.eval()
@@ -123,7 +125,7 @@ class E2LLM(nn.Module):
     @property
     def window(self):
         "Tokens that the decoder reads; None = not limited."
-        return self.loaded.pretrained_len
+        return self._stretched or self.loaded.pretrained_len
 
 # %% ../../nbs/6_e2llm/model.ipynb #43651f36
 def _chunks(self,
@@ -246,6 +248,23 @@ def _generate(self,
     return [self.tokenizer.decode(r, skip_special_tokens=True).strip() for r in ids]
 
 E2LLM.assemble, E2LLM.forward, E2LLM.generate = _assemble, _forward, _generate
+
+# %% ../../nbs/6_e2llm/model.ipynb #7e2a0002
+@contextlib.contextmanager
+def _extended(self,
+              method:str, # key of `lcnb.methods.METHODS`; rope = nothing but permission
+              length:int, # words that the decoder shall read: chunk tokens, prompt and answer
+              **options,  # of the method
+             ):
+    "The decoder reads more than its window, for the time of a `with` (ours)."
+    require(self.window, "decoder", self.loaded.name, "a decoder with a window, if it is to be extended")
+    plan, was = make_plan(method, self.loaded.pretrained_len, positive_int("length", length), **options), self._stretched
+    with extend(self.decoder, plan):
+        self._stretched = max(length, self.loaded.pretrained_len)
+        try: yield self
+        finally: self._stretched = was
+
+E2LLM.extended = _extended
 
 # %% ../../nbs/6_e2llm/model.ipynb #fc55fd71
 def paper_shapes()->tuple: # encoder (BERT-large, as gte-large), decoder (Llama-2-7B), on the meta device

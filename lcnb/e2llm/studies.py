@@ -12,7 +12,7 @@ __all__ = ['PARTS', 'ENCODER_SHAPES', 'METHOD_STYLES', 'RETELL', 'SETTINGS', 'AB
            'train_on']
 
 # %% ../../nbs/6_e2llm/studies.ipynb #6e550003
-import argparse, contextlib, csv, math, os, random, statistics, sys, tempfile, time
+import argparse, contextlib, csv, itertools, math, os, random, statistics, sys, tempfile, time
 from pathlib import Path
 
 import torch
@@ -549,18 +549,19 @@ def sweep_rows(rows:list,         # of runs
     return out + _about_sweeps(out, {name: settings[k] for name, (k, _) in sweeps.items()})
 
 def _about_sweeps(rows, default):
-    "What the claims ask of the mean scores."
+    "What the claims ask of the mean scores; equal shares that were summed in another order are equal, and a tie is nobody's victory."
     out, best = [], {}
     means = [r for r in rows if r["metric"] == "mean_score"]
     for sweep, d in dict.fromkeys((r["sweep"], r["dataset"]) for r in means):
         mine = [r for r in means if (r["sweep"], r["dataset"]) == (sweep, d)]
-        at, say = {r["x"]: r["value"] for r in mine}, lambda metric, value: out.append(mine[0] | dict(metric=metric, value=float(value), x=None, n=len(mine)))
-        best[sweep, d] = max(at, key=at.get)
+        at, say = {r["x"]: round(r["value"], 9) for r in mine}, lambda metric, value: out.append(mine[0] | dict(metric=metric, value=float(value), x=None, n=len(mine)))
+        if sweep == "weight": best[d] = {x for x, v in at.items() if v == max(at.values())}
         if sweep.endswith("rank") and 0 in at: say("above_rank_0", max(v for x, v in at.items() if x) - at[0])
         if sweep.endswith("rank"): say("below_best", max(at.values()) - at[max(at)])
         if sweep == "chunk_size" and default[sweep] in at and len(at) > 1: say("largest_chunk_loss", at[default[sweep]] - at[max(at)])
-    weights = [x for (s, _), x in best.items() if s == "weight"]
-    if weights: out.append(next(r for r in means if r["sweep"] == "weight") | dict(metric="best_weights", dataset="all", kind="", length=0, value=len(set(weights)), x=None, n=len(weights)))
+    weights = sorted(set().union(*best.values()))
+    fewest = next((k for k in range(1, len(weights) + 1) if any(all(b & set(some) for b in best.values()) for some in itertools.combinations(weights, k))), 0)
+    if weights: out.append(next(r for r in means if r["sweep"] == "weight") | dict(metric="best_weights", dataset="all", kind="", length=0, value=fewest, x=None, n=len(best)))
     return out
 
 # %% ../../nbs/6_e2llm/studies.ipynb #6e550054
@@ -580,9 +581,9 @@ def plot_sweeps(rows:list, # of `sweep_rows`
         for i, d in enumerate(sets):
             mine = [r for r in rows if r["sweep"] == s and r["dataset"] == d and r["x"] is not None]
             mean, seeds = ([(xs.index(r["x"]), r["value"]) for r in mine if wanted(r)] for wanted in (lambda r: r["metric"] == "mean_score", lambda r: r["metric"] == HEADLINE.get(r["kind"])))
-            ax.plot(*zip(*sorted(mean)), color=SPARE[i], marker="o", markersize=4, linewidth=1.5, label=d)
+            ax.plot(*zip(*sorted(mean)), color=SPARE[i], marker="o", markersize=4, linewidth=1.5, label=d.replace("quiz:", "quiz of ") + " tokens"*d.startswith("quiz:"))
             ax.plot(*zip(*seeds), color=SPARE[i], marker="_", markersize=7, linewidth=0)
-        ax.set_xticks(range(len(xs)), [f"{x:g}" for x in xs]); ax.set_xlabel(SWEEP_LABELS[s])
+        ax.set_xticks(range(len(xs)), [f"{x:g}" for x in xs]); ax.set_xlabel(SWEEP_LABELS[s], fontsize=8.5)
         ax.grid(True, color="#DDDDDD", linewidth=.6); ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("score (F1; G-mean of summaries)"); axes[0, 0].legend(frameon=False, fontsize=7)
     return fig
