@@ -199,6 +199,7 @@ def test_models_that_are_there_together():
     assert of("lm_infinite/table3")["memory"]["weights"] == seven + 6_649_286_656*2
     two = of("e2llm/table2")                                                           # a decoder for the baselines, one inside the E2LLM, and an encoder in float32
     assert two["memory"]["weights"] == 2*seven + 335_141_888*4 and two["memory"]["tokens"] == 0
+    assert of("e2llm/windows")["memory"]["weights"] == seven + 335_141_888*4           # one decoder for both
     assert of("memlong/fig4")["memory"]["weights"] == 3_426_473_600*2 + 567_754_752*4
     assert of("e2llm/table3")["memory"]["weights"] == 13_015_864_320*2 + 567_754_752*4 # the largest variant
     shape = of("dca/fig3")
@@ -258,6 +259,13 @@ def test_a_data_set_in_the_cache():
     cached("dwzhu/LongEmbed", {"qmsum/corpus.jsonl": ""}, at, "datasets")
     states = {d["config"]: d["state"] for d in plan.make_plan("paper", "longembed/table1")["artifacts"][0]["data"]}
     assert states["qmsum"] == "cached" and states["needle"] == "download"
+
+
+def test_a_profile_whose_folders_are_not_there_is_left_out_of_all_and_refused_alone(monkeypatch, capsys):
+    monkeypatch.delenv("LCNB_ASSETS", raising=False)
+    p = plan.make_plan("all", "dca/table1")
+    assert p["profiles"] == ["tiny", "gpu", "paper"] and "left out: profile assets: the variable LCNB_ASSETS is not set" in plan.say(p)
+    assert main(["plan", "--profile", "assets"]) == 2 and "LCNB_ASSETS is not set" in capsys.readouterr().err
 
 
 # ---- what this machine cannot run

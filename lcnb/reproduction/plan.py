@@ -121,7 +121,7 @@ def training_bytes(config:dict,          # of a decoder
     kept = (L*d + layer if checkpointing else L*layer)*tokens*b
     return kept + tokens*V*(b + 8) + 16*rank*L*(8*d + 3*(d + i))
 
-# %% ../../nbs/7_reproduction/plan.ipynb #99bf77e5
+# %% ../../nbs/7_reproduction/plan.ipynb #30c96fb6
 _OURS = {"tiny": "tiny-llama", "tiny-ape": "tiny-encoder-ape", "tiny-rope": "tiny-encoder-rope"} # names of this project's models -> folder in data/models
 
 def _list(x): return [] if x is None else list(x) if isinstance(x, (list, tuple)) else [x]
@@ -137,13 +137,15 @@ def models_of(params:dict,   # of an artifact
     add("others", p.get("others"))
     add("tuned", p.get("tuned"))
     if p.get("encoder_shape"): add("encoder", p["encoder_shape"], "random")
-    elif "e2llm" in p and p["e2llm"] not in (None, ["tiny"]): add("encoder", trained.get("e2llm", {}).get("encoder"), dtype="float32")
-    elif "e2llm" not in p or p["e2llm"] is None: add("encoder", p.get("encoder") if p.get("train", True) else None, dtype="float32")
+    elif _e2llms(p): add("encoder", trained.get("e2llm", {}).get("encoder"), dtype="float32")
+    elif not p.get("e2llm"): add("encoder", p.get("encoder") if p.get("train", True) else None, dtype="float32")
     if "retriever" in p and p.get("train", True): add("retriever", _retriever(p, trained), dtype="float32")
     if p.get("train"):
         changes = [c.partition("=") for c in (p.get("ablations") or {}).values()]
         for role in ("encoder", "decoder"): add(role, [v for k, _, v in changes if k == role], dtype="float32" if role == "encoder" else dtype)
     return found
+
+def _e2llms(p): return [f for f in _list(p.get("e2llm")) if f != "tiny"] # folders of trained E2LLMs
 
 def _retriever(p, trained): # the one given, or the one that the adapters were trained with
     if p["retriever"] or p.get("memlong") in (None, "tiny"): return p["retriever"] or ("tiny-rope" if p.get("memlong") else None)
@@ -274,7 +276,7 @@ def _part(sizes, data): # of a mapping by configuration, or by configuration and
     if not isinstance(found, dict): return found
     return found.get(data["split"]) if data["split"] else None if None in found.values() else sum(found.values())
 
-# %% ../../nbs/7_reproduction/plan.ipynb #30fa0ef2
+# %% ../../nbs/7_reproduction/plan.ipynb #898447b9
 def _nth(x, i): return x[i] if isinstance(x, list) and len(x) > i else None if isinstance(x, list) else x
 
 def _longest(p, config, i, encodes): # tokens of the longest text that model number i reads in one pass; 0 where only the data know
@@ -284,6 +286,7 @@ def _longest(p, config, i, encodes): # tokens of the longest text that model num
         mine = how[i] if how and isinstance(how[0], list) else how
         return trained*(max(p.get("factors") or [1]) if any(m != "none" for m in mine) else 1)
     if p.get("n_tokens"): return max(p["chunk"], 2*trained)
+    if "trainings" in p: return 0                                                            # chunk tokens, a hundredth of its lengths
     if "summary_length" in p and not any(c.startswith("quiz") for c in p["corpus"]): return 0   # its lengths are those of the quiz
     return max([*_list(p.get("lengths")), *_list(p.get("stretched_lengths")), p.get("qa_len") or 0])
 
@@ -292,7 +295,7 @@ def _weights(p, models): # bytes of the most weights that are there together
     by = {r: [size(m) for m in models if m["role"] == r] for r in ("model", "others", "tuned", "encoder", "retriever", "decoder")}
     line = by["model"][:1] + by["others"]
     main = max([a + b for a, b in zip(line, line[1:])]) if by["others"] else max(sum(by["model"]), *by["decoder"], 0)
-    copies = len(_list(p.get("e2llm"))) if p.get("e2llm") not in (None, ["tiny"]) else 0
+    copies = len(_e2llms(p)) if isinstance(p.get("e2llm"), list) else 0 # one alone takes the decoder that is there
     return main*(1 + copies) + sum(max(by[r], default=0) for r in ("tuned", "encoder", "retriever"))
 
 def fit(params:dict,  # of an artifact
@@ -308,7 +311,7 @@ def fit(params:dict,  # of an artifact
         T = min(max(n, ENCODED), p.get("batch_size", 32)*n) if encodes else max(n, AT_ONCE) if not p.get("n_tokens") else n
         keeps = bool(p.get("shape") or p.get("n_new") or p.get("max_new_tokens")) and not encodes
         cache = cache_bytes(m["config"], T, dtype) if keeps else 0
-        work = pass_bytes(m["config"], T, dtype) + (0 if encodes or p.get("shape") else LOGITS*(BYTES[dtype] + 8))
+        work = pass_bytes(m["config"], T, dtype) + (0 if encodes or p.get("shape") else min(LOGITS, T*m["config"]["vocab_size"])*(BYTES[dtype] + 8))
         if p.get("train"): cache, work, n = 0, _training(p, m["config"], dtype), n or m["config"]["max_position_embeddings"]
         if cache + work > found["cache"] + found["work"]: found |= dict(cache=cache, work=work, tokens=n)
     return found | dict(total=found["weights"] + found["cache"] + found["work"])
@@ -405,7 +408,7 @@ def _trained(profile): # the parameters of the artifacts that train what others 
     entries = registry.profile(profile)["artifacts"]
     return {k: registry.profile_params(profile, id) for k, id in (("memlong", "memlong/fig4"), ("e2llm", "e2llm/table3")) if id in entries}
 
-# %% ../../nbs/7_reproduction/plan.ipynb #a7a732ba
+# %% ../../nbs/7_reproduction/plan.ipynb #e8348b0b
 def _union(dicts): # of what is fetched; a size that is known anywhere counts, the largest
     whole = {}
     for some in dicts:
@@ -417,28 +420,34 @@ def make_plan(profile:str="paper", # a profile, or all
              )->dict:              # profiles, machine, artifacts, total
     "What artifacts would download, need and take here. Nothing is downloaded."
     names, here = registry.profile_names() if profile == "all" else [profile], machine()
-    ids = {n: _chosen(n, only, profile == "all") for n in names}
-    plans = [dict(profile=n) | plan_artifact(id, n, here, trained) for n in names if ids[n] for trained in [_trained(n)] for id in ids[n]]
+    left_out = _left_out(names) if profile == "all" else {}
+    ids = {n: _chosen(n, only, profile == "all") for n in names if n not in left_out}
+    plans = [dict(profile=n) | plan_artifact(id, n, here, trained) for n in ids if ids[n] for trained in [_trained(n)] for id in ids[n]]
     require(plans, "only", only, "a pattern that fits an artifact")
     keep, stream = _union(p["keep"] for p in plans), _union(p["stream"] for p in plans)
     unknown = sorted({k[1] for k, v in (keep | stream).items() if v is None})
     total = dict(artifacts=len(plans), can_run=sum(not p["cannot"] for p in plans), download=sum(v or 0 for v in keep.values()), stream=sum(v or 0 for v in stream.values()), unknown=unknown,
                  models=sum(v or 0 for k, v in keep.items() if k[0] == "model"), disk=_disk(plans, keep), memory=max(p["memory"]["total"] for p in plans), hours=sum(p["hours"] for p in plans), at_least=any(p["at_least"] for p in plans))
-    return dict(profiles=names, machine=here, artifacts=plans, total=total)
+    return dict(profiles=[n for n in ids if ids[n]], left_out=left_out, machine=here, artifacts=plans, total=total)
 
 def _disk(plans, keep): # bytes of all that is kept, and of the data sets once more where they are written as Arrow
     prepared = {(d["name"], d["config"]): d["prepared"] or 0 for p in plans for d in p["data"] if d["state"] == "download"}
     return sum(v or 0 for v in keep.values()) + sum(prepared.values())
 
-def _chosen(profile, only, some): # ids; where all profiles are asked, one of them may have none, or need a folder that is not there
-    try:
-        registry.variables(profile)
-        return chosen(profile, only)
+def _chosen(profile, only, some): # ids; where all profiles are asked, some may have none that fits
+    try: return chosen(profile, only)
     except InputError:
         if not some: raise
         return []
 
-# %% ../../nbs/7_reproduction/plan.ipynb #68e9ce60
+def _left_out(names): # profiles that read folders which are not there -> why
+    why = {}
+    for n in names:
+        try: registry.variables(n)
+        except InputError as e: why[n] = str(e)
+    return why
+
+# %% ../../nbs/7_reproduction/plan.ipynb #a6c0eb3a
 def _pin(x): # the commit, or that there is none
     return f"commit {x['revision'][:12]}" if x.get("revision") else "not pinned: the run records the one that it loads"
 
@@ -462,11 +471,11 @@ def _say_memory(p):
     m, where = p["memory"], "GPU memory" if p["on_gpu"] else "memory"
     if not m["weights"]: return "no model"
     parts = [f"{_gb(m['weights'])} weights", *([f"{_gb(m['cache'])} cache"] if m["cache"] else []), *([f"{_gb(m['work'])} at work"] if m["work"] else [])]
-    return f"{_gb(m['total'])} of {where} = {' + '.join(parts)}; " + (f"texts of {m['tokens']:,} tokens" if m["tokens"] else "how long the texts are stands in the data" if m["work"] else "no text is read")
+    return f"{_gb(m['total'])} of {where} = {' + '.join(parts)}; " + (f"texts of {m['tokens']:,} tokens" if m["tokens"] else f"what is read at once is taken to be {AT_ONCE:,} tokens at most" if m["work"] else "no text is read")
 
 def _time(h): return f"{h*60:.0f} min" if h < 1.5 else f"{h:.0f} h" if h < 72 else f"{h/24:,.0f} days"
 
-# %% ../../nbs/7_reproduction/plan.ipynb #4b82018b
+# %% ../../nbs/7_reproduction/plan.ipynb #13e9c217
 def say(plan:dict, # of `make_plan`
        )->str:     # lines
     "A plan in words."
@@ -487,6 +496,7 @@ def _say_total(plan):
     lines += [f"to download, each repository once: {_gb(t['download'])} (models {_gb(t['models'])}, data {_gb(t['download'] - t['models'])}){unknown}; streamed in one round: {'at least ' if any(v is None for p in plan['artifacts'] for v in p['stream'].values()) else 'up to '}{_gb(t['stream'])}"]
     if t["disk"] > t["download"]: lines[-1] += f"; on disk {_gb(t['disk'])}, since data sets are written a second time" + (f", more than the {_gb(m['disk'])} that are free" if t["disk"] > m["disk"] else "")
     lines += [f"largest need of memory: {_gb(t['memory'])}; time, one after the other: {'at least ' if t['at_least'] else 'about '}{_time(t['hours'])}"]
+    lines += [f"left out: {why}" for why in plan["left_out"].values()]
     n, k = t["artifacts"], t["can_run"]
     return lines + [f"Of {n} artifact{'s' if n > 1 else ''} of profile{'s' if len(plan['profiles']) > 1 else ''} {', '.join(plan['profiles'])}, this machine can run {k if k < n else 'all' if n > 1 else 'it'}; sizes, memory and times are estimates, and nothing was downloaded to make them."]
 
