@@ -7,7 +7,7 @@ __all__ = ['LINE', 'CHANCE', 'RECIPE', 'SECOND', 'LENGTHS', 'TINY', 'HIDDEN', 'q
            'quiz_records', 'e2llm_loss', 'train_e2llm', 'Pool', 'eval_quiz', 'stage_lengths', 'train_tiny', 'main']
 
 # %% ../../nbs/6_e2llm/training.ipynb #362caead
-import argparse, csv, itertools, random, sys, tempfile
+import argparse, csv, itertools, os, random, sys, tempfile
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from .chunker import chunk_text, chunk_texts, restate_windows
 from .data import LOADERS, first_answer
 from .model import Adapter, Context, E2LLM, Row, Scored, TINY_PROMPTS, _write, weighted_nll
 from ..foundations.checks import InputError, positive_int, require
-from ..laboratory.finetune import finetune, trained_parameters
+from ..laboratory.finetune import finetune, gathered, is_main, n_processes, share, trained_parameters
 from ..laboratory.grammar import FACTS, LEXICON, MOODS, NAMES, OBJECTS, QUESTIONS, SPOTS, TIMES, VERBS, adjectives_of, objects_of
 from ..laboratory.metrics import accuracy
 from ..laboratory.models import load_model
@@ -87,6 +87,7 @@ def e2llm_loss(ml:E2LLM,         # a model
                m:int=1,          # chunks of a restatement
                windows:int|None=1, # restatements of a record, drawn by `rng`; None = all of them
                rng:random.Random|None=None, # None = a new one
+               together:bool=False, # one of several processes, all of which call this: what averages over processes to the means over the rows of all
               ):                 # scalar, and a dict with both losses
     "Reasoning plus lambda times understanding (E2LLM sec. 3.2)."
     rng, cut = rng or random.Random(0), [ml.chunks(r["context"]) for r in records]
@@ -96,19 +97,28 @@ def e2llm_loss(ml:E2LLM,         # a model
     for z, c, row in zip(soft, cut, asked):
         found = restate_windows(c.spans, m) if understanding else []
         for w in found if windows is None else rng.sample(found, min(windows, len(found))): again.append(Row(z[w.first:w.last], "understanding", "", c.text[w.start:w.end].strip(), row.weight))
-    losses = dict(reasoning=_loss_of(ml, asked)) | (dict(understanding=_loss_of(ml, again)) if again else {})
+    if together and understanding and not again: again = [asked[0]._replace(weight=0.)]      # every process makes as many passes as the others
+    losses = dict(reasoning=_loss_of(ml, asked, together)) | (dict(understanding=_loss_of(ml, again, together)) if again else {})
     return losses["reasoning"] + understanding*losses.get("understanding", 0.), {k: v.item() for k, v in losses.items()}
 
-def _loss_of(ml, rows):
+def _loss_of(ml, rows, together=False):
     batch = ml.assemble(rows)
-    return weighted_nll(_write(ml, batch), batch.labels, batch.weights).loss
+    scored = weighted_nll(_write(ml, batch), batch.labels, batch.weights)
+    return scored.loss*share((batch.weights[:, None]*scored.scored).sum()) if together else scored.loss
 
 # %% ../../nbs/6_e2llm/training.ipynb #7af8e2e8
+def _drawing(prompts, found, windows, seed):
+    "What draws this process's restatements: a function of the whole batch, not of the history or of the processes, so that a resumed run and a divided one draw the same."
+    everyone = gathered((prompts, found))
+    rng = random.Random(f"{seed} {[p for prompts, _ in everyone for p in prompts]}")
+    for n in [n for _, found in everyone[:int(os.environ.get("RANK", 0)) if len(everyone) > 1 else 0] for n in found]: rng.sample(range(n), min(windows or 0, n)) # of the processes before
+    return rng
+
 def train_e2llm(ml:E2LLM,         # trained in place
                 records,          # a sequence of records with context, prompt, answer
                 out,              # folder for checkpoints
                 steps:int=200,    # of the optimiser
-                batch:int=8,      # records per step and process
+                batch:int=8,      # records of a forward pass, of all processes together
                 lr:float=2e-3,    # at its peak
                 understanding:float=.5, # lambda
                 m:int=1,          # chunks of a restatement
@@ -118,8 +128,10 @@ def train_e2llm(ml:E2LLM,         # trained in place
                )->list:           # rows: step, loss, reasoning, understanding
     "Train adapter and LoRA on both tasks (E2LLM sec. 3.2)."
     def loss(model, rows):
-        where = random.Random(f"{seed} {[r['prompt'] for r in rows]}")           # of the batch, not of the history, so that a resumed run draws the same
-        return e2llm_loss(model, rows, understanding, m, windows, where)
+        rows = [r | dict(context=model.chunks(r["context"])) for r in rows]
+        found = [len(restate_windows(r["context"].spans, m)) if understanding and windows else 0 for r in rows]
+        where = _drawing([r["prompt"] for r in rows], found, windows, seed)
+        return e2llm_loss(model, rows, understanding, m, windows, where, n_processes() > 1)
     return finetune(ml, records, loss, out, steps, batch, lr, seed=seed, collate=list, **args)
 
 # %% ../../nbs/6_e2llm/training.ipynb #3d806792
@@ -199,7 +211,7 @@ def train_tiny(seed:int=0,      # of everything
     def evaluate(stage):
         def run(ml):
             row = dict(stage=stage) | {f"accuracy_{n}": round(eval_quiz(ml, r)["accuracy"], 4) for n, r in held.items()}
-            if report: report(row)
+            if report and is_main(): report(row)
             return row
         return run
     with tempfile.TemporaryDirectory() as tmp:
@@ -207,7 +219,7 @@ def train_tiny(seed:int=0,      # of everything
         if second["steps"]:
             fresh = [r for i in range(second["steps"]) for r in quiz_records(second["batch"], random.Random(f"{seed} {i}").choice((6, 12, 24)), "train", 1000 + 1000*seed + i)]
             log += train_e2llm(ml, fresh, f"{tmp}/2", seed=seed, shuffle=False, every=max(1, second["steps"]//2), warmup=10, evaluate=evaluate(2), **second)
-    if out:
+    if out and is_main():
         ml.save_pretrained(out, "tiny-rope", "tiny")
         with whole_folder(out) as new: write_csv(new/"training_log.csv", log)
     return ml, log
@@ -224,7 +236,7 @@ def main(args=None, # command line, without the program's name
     try:
         out = a.out or f"build/tiny-e2llm-seed{positive_int('seed', a.seed, 0)}"
         train_tiny(a.seed, out, lambda row: print(*(f"{k} {v:.4g}" for k, v in row.items()), flush=True), dict(steps=positive_int("steps", a.steps)), dict(steps=positive_int("second", a.second, 0)))
-        print(out)
+        if is_main(): print(out)
     except InputError as e:
         print(e, file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..foundations.checks import InputError, positive_int, require
-from ..laboratory.finetune import finetune, trained_parameters
+from ..laboratory.finetune import finetune, is_main, n_processes, over_processes, share, trained_parameters
 from ..laboratory.grammar import document
 from ..laboratory.lora import add_lora, n_trainable, save_lora
 from ..laboratory.models import Loaded, data_dir, load_model
@@ -134,21 +134,25 @@ def memory_loss(logits,   # `(b,m,V)`, of the last m tokens
                 ids,      # `(b,n)`
                 places,   # `(b,q)` recall tokens, -1 where there is none; q may be 0
                 recall_weight:float=1., # of the mean over recall tokens beside the mean over all
+                together:bool=False, # one of several processes, all of which call this: what averages over processes to the mean over all of them
                ):         # scalar, and the mean over recall tokens (None if there are none)
     "Mean next-token loss of the main part, and once more that of its recall tokens."
     first = ids.shape[1] - logits.shape[1]
     nll = cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, first+1:].to(logits.device), reduction="none")
     real = (places >= 0).to(nll.device)
-    if not real.any(): return nll.mean(), None
-    recall = nll.gather(1, (places.to(nll.device) - first - 1).clamp_min(0))[real].mean()
-    return nll.mean() + recall_weight*recall, recall.detach()
+    everything, found = nll.mean(), real.sum()
+    if together: everything = everything*share(torch.tensor(float(nll.numel()), device=nll.device))
+    if not (over_processes(found) if together else found): return everything, None
+    recall = nll.gather(1, (places.to(nll.device) - first - 1).clamp_min(0))[real].mean() if found else 0.*everything
+    if together: recall = recall*share(found.float())
+    return everything + recall_weight*recall, recall.detach()
 
 # %% ../../nbs/5_memlong/training.ipynb #1f0b60ae
 def train_memlong(ml:MemLong,            # with adapters; trained in place
                   data,                  # `RecallTexts`, `Windows`, or any data set of rows with input_ids and places
                   out,                   # folder for checkpoints
                   steps:int=200,         # of the optimiser
-                  batch:int=8,           # texts per step and process
+                  batch:int=8,           # texts of a forward pass, of all processes together
                   lr:float=2e-3,         # of the adapters, at its peak
                   gate_lr:float=.05,     # of the gates
                   recall_weight:float=1.,# see `memory_loss`
@@ -157,7 +161,7 @@ def train_memlong(ml:MemLong,            # with adapters; trained in place
     "Train adapters and gates (MemLong sec. 4.1)."
     require(trained_parameters(ml), "ml", repr(ml), "one with adapters that can be trained: add_adapters, or load_memlong(trainable=True)")
     def loss(model, rows):
-        value, recall = memory_loss(model(rows["input_ids"]).logits, rows["input_ids"], rows["places"], recall_weight)
+        value, recall = memory_loss(model(rows["input_ids"]).logits, rows["input_ids"], rows["places"], recall_weight, n_processes() > 1)
         return value, {} if recall is None else dict(recall=recall.item())
     return finetune(ml, data, loss, out, steps, batch, lr, dict(gates=gate_lr), **args)
 
@@ -199,12 +203,12 @@ def train_tiny(choice:str="rlp_th", # row of Table 4
     held = held_out(lm.tokenizer)
     def evaluate(ml):
         row = tiny_scores(ml, *held) | dict(gate=round(ml.gates.abs().mean().item(), 4))
-        if report: report(row)
+        if report and is_main(): report(row)
         return row
     with tempfile.TemporaryDirectory() as tmp:
         log = [dict(step=0, loss=None, recall=None) | evaluate(ml.eval())]
         log += train_memlong(ml, RecallTexts(lm.tokenizer, recipe["steps"]*recipe["batch"], seed, STORIES), tmp, seed=seed, evaluate=evaluate, **recipe)
-    if out: save_memlong(ml, out, "tiny", lm.revision, "tiny-rope", log)
+    if out and is_main(): save_memlong(ml, out, "tiny", lm.revision, "tiny-rope", log)
     return ml, log
 
 # %% ../../nbs/5_memlong/training.ipynb #d4e64501
@@ -229,7 +233,7 @@ def main(args=None, # command line, without the program's name
             require(choice in LAYER_CHOICES, "choice", choice, f"one of {', '.join(LAYER_CHOICES)}")
             out = Path(a.out or f"build/tiny-memlong-seed{positive_int('seed', a.seed, 0)}")/choice
             train_tiny(choice, a.seed, out, lambda row: print(choice, *(f"{k} {v:.4g}" for k, v in row.items()), flush=True), steps=positive_int("steps", a.steps))
-            print(out)
+            if is_main(): print(out)
     except InputError as e:
         print(e, file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@
 __all__ = ['FULL', 'Extended', 'extend']
 
 # %% ../../nbs/3_methods/extend.ipynb #c3450119
+import contextlib
 import copy
 import sys
 
@@ -31,7 +32,15 @@ def _owner(model):
 
 def _model_rope(owner):
     "The model's rotary embedding as a `Rope`, and the layout of its cosines: halves | pairs | once."
-    r = owner.rotary_emb
+    with _at_hand(owner.rotary_emb): return _rope_of(owner, owner.rotary_emb)
+
+def _at_hand(module):
+    "A block in which what accelerate keeps elsewhere of a module (offloaded buffers) is there."
+    if not any(b.is_meta for b in module.buffers()): return contextlib.nullcontext()
+    from accelerate.utils import align_module_device
+    return align_module_device(module)
+
+def _rope_of(owner, r):
     by_type = [FULL] if not hasattr(r, "inv_freq") and hasattr(r, f"{FULL}_inv_freq") else []      # ModernBERT: a rotary embedding per type of layer
     asked = lambda name, default=None: getattr(r, "_".join([*by_type, name]), default)
     inv_freq, kind = asked("inv_freq"), getattr(r, "rope_type", "default")
@@ -146,9 +155,9 @@ class Extended:
         "`attend` under the plan, `(b,n,h,d)`."
         m, plan = self.length, self.plan
         if not self.causal and getattr(module, "sliding_window", None): plan = self._local(module.sliding_window)
-        if self.index is not None: mask, index = None, self.index
-        else: k, v, mask, index = k[:, :, :m], v[:, :, :m], None if mask is None else mask[:, :m], None
-        out = attend(plan, q, k, v, self.rope, scale, mask, self._depth[module], rotated=not self.raw, backend=self.backend, memo=self.memo,
+        if self.index is not None: mask, index = None, self.index if self.index.dim() == 1 else self.index.to(q.device)
+        else: k, v, mask, index = k[:, :, :m], v[:, :, :m], None if mask is None else mask[:, :m].to(q.device), None
+        out = attend(plan, q, k, v, self.rope, scale, mask, self._depth[module], rotated=not self.raw, backend=self.backend, memo=self.memo.setdefault(q.device, {}),
                      slopes=None if self.slopes is None else self.slopes.to(q.device), index=index)
         return out.transpose(1, 2)
 
@@ -175,6 +184,7 @@ class Extended:
         copy.deepcopy(self.model.config, copies)
         self._configs = [(m, m.config) for m in self.model.modules() if id(getattr(m, "config", None)) in copies]
         for m, old in self._configs: m.config = copies[id(old)]
+        self._forwards = {m: {k: f for k, f in m.__dict__.items() if k == "forward"} for m in self._layers}
         for m in self._layers: m._lcnb = self
         self._owner, self._rotary = owner, getattr(owner, "rotary_emb", None)
         self._hook = owner.register_forward_pre_hook(lambda m, a, k: _begin(self, m, a, k), with_kwargs=True)
@@ -201,6 +211,7 @@ class Extended:
         for m in self._layers:
             del m._lcnb
             m.__dict__.pop("forward", None)
+            m.__dict__.update(self._forwards[m])                                # accelerate's, where a model is split
         for m, old in self._configs: m.config = old
         Extended._live -= 1
         if not Extended._live:
@@ -216,7 +227,8 @@ _unchanged_both = Plan("unchanged", (Branch("near", lambda i: ((i-2).clamp(min=0
 
 def _read(owner, causal):
     "Hidden states of eight fixed tokens."
-    ids = torch.arange(8, device=next(owner.parameters()).device)[None] % owner.config.vocab_size
+    device = next(owner.parameters()).device
+    ids = torch.arange(8, device="cpu" if device.type == "meta" else device)[None] % owner.config.vocab_size       # offloaded: accelerate moves it
     modes = [(m, m.training) for m in owner.modules()]
     owner.eval()
     with torch.no_grad(): x = owner(input_ids=ids, **({"use_cache": False} if causal else {}))[0].float()
