@@ -222,7 +222,8 @@ def code_hash(id:str, # an artifact's id
     "A hash of everything but parameters and outside data that an artifact's rows depend on."
     a, package = artifact(id), Path(lcnb.__file__).resolve().parent
     files = [p for p in sorted(package.rglob("*.py")) if p.name not in _LOOK_ON]
-    for folder in (home()/"data"/"models", home()/"data"/"published"/a.paper):
+    own = home()/"data"/"published"/a.paper # an artifact on no single paper reads them all, and what the claims say
+    for folder in (home()/"data"/"models", *([own] if own.is_dir() else [own.parent, home()/"data"/"claims"])):
         files += [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix!=".md"]
     content = [x for p in files for x in (p.name, _file_digest(p))]
     return _digest(*content, *(src for src,_ in cells(a.notebook)), os.sys.version_info[:2], _version("torch"), _version("transformers"))

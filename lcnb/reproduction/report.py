@@ -85,17 +85,18 @@ def _others(result): # metric -> (its name, no mark)
 _METRICS = {"ppl": ("perplexity", 1.0), "accuracy": ("passkey accuracy, mean over depths", None)} # name, and the papers' mark
 
 def own_table(path:Path, # `table.md` of a result
-             )->dict:    # `{caption, first, columns, rows}`
+              caption:str="we measure (scores in percent, unless the artifact says otherwise)", # what stands above it
+             )->dict:    # `{caption, first, columns, rows, text}`
     "The table that an artifact laid out itself."
     lines = [[cell.strip() for cell in l.strip().strip("|").split("|")] for l in path.read_text(encoding="utf8").splitlines() if l.startswith("|")]
     rows = [dict(name=l[0], paper_name=None, cells=[dict(ours=cell, paper="", over=False) for cell in l[1:]]) for l in lines[2:]]
-    return dict(caption="we measure (scores in percent, unless the artifact says otherwise)", first=lines[0][0], columns=lines[0][1:], rows=rows)
+    return dict(caption=caption, first=lines[0][0], columns=lines[0][1:], rows=rows, text=any(len(cell)>60 for l in lines for cell in l)) # sentences are wrapped, not aligned
 
 def tables(result,      # a `Result`
            beside:dict, # from the claims file
           )->list:      # of `{caption, columns, rows}`
     "The tables that a result can be read as; toy pictures have none."
-    if beside.get("own_table"): return [own_table(result.folder/"table.md")] if (result.folder/"table.md").is_file() else []
+    if beside.get("own_table"): return [own_table(result.folder/"table.md", *[beside[k] for k in ["caption"] if k in beside])] if (result.folder/"table.md").is_file() else []
     if any(r.get("position") is not None for r in result.rows): return [stretch_table(result)]
     out, c, along = [], trained_len(result), beside.get("along")
     known = _METRICS | _others(result)
@@ -150,6 +151,10 @@ def _card(a, notes, said, figures, names): # one artifact
     return dict(id=a.id, anchor=a.id.replace("/", "-"), title=a.title, summary=a.summary, results=results, counts=counts)
 
 # %% ../../nbs/7_reproduction/report.ipynb #2fff3366
+def _about(name): # (notes, claims) of a paper; a folder of experiments without a claims file has its name and nothing to be held against
+    if not (home()/"data"/"claims"/f"{name}.yaml").is_file(): return dict(title=name, arxiv="none", official_code="none"), []
+    return paper_notes(name), claims(name)
+
 def gather(figures:Path=None, # folder with one folder a profile; default `figures` of the checkout
            only:str=None,     # a profile: its artifacts and nothing else
           )->dict:            # all that the page shows
@@ -157,7 +162,7 @@ def gather(figures:Path=None, # folder with one folder a profile; default `figur
     figures, papers, names = Path(figures or home()/"figures"), [], [only] if only else profile_names()
     asked = {id: a for id,a in artifacts().items() if not only or id in profile(only)["artifacts"]}
     for name in sorted({a.paper for a in asked.values()}):
-        notes, said = paper_notes(name), claims(name)
+        notes, said = _about(name)
         papers.append(dict(name=name, title=notes["title"], arxiv=notes["arxiv"], official_code=notes["official_code"], findings=notes.get("findings", []),
                            later=[c for c in said if c.artifact not in artifacts()],
                            artifacts=[_card(a, notes, said, figures, names) for a in asked.values() if a.paper==name]))
