@@ -108,15 +108,19 @@ def recompute(check:Check)->Outcome:
     return Outcome(VERDICTS[0 if plain else 1 if meets else 2], nominal(check.text), value, lo, hi)
 
 # %% ../../nbs/7_reproduction/audit.ipynb #99bbb5f6
-@functools.lru_cache(maxsize=None)
-def _table(paper, table, root): return tuple(_claims.published(paper, table))
+@functools.lru_cache(maxsize=256)
+def _read(paper, table, stamp): return tuple(_claims.published(paper, table)) # read again when the file has changed
+
+def _table(paper, table):
+    path = home()/"data"/"published"/paper/f"{table}.csv"
+    return _read(paper, table, (str(path), path.stat().st_mtime_ns if path.is_file() else 0))
 
 def find(paper:str, # folder of data/published
          table:str, # file in it, without .csv
          **want,    # column=value, or a list of values
         )->list:    # printed rows
     "The printed cells that a selection fits."
-    rows = _table(paper, table, str(home()))
+    rows = _table(paper, table)
     for k in want:
         if k not in rows[0]: raise unknown(f"{paper} {table}: column", k, rows[0])
     hit = [r for r in rows if all(r[k] in v if isinstance(v, list) else r[k]==v for k, v in want.items())]
@@ -541,7 +545,7 @@ def audit_rows(papers=tuple(PAPERS), # which
               )->list:               # tidy rows
     "One row a printed number, one a finding, and the counts of each table."
     rows = []
-    for p in papers:
+    for p in dict.fromkeys(papers):
         base, (outcomes, found) = dict(model="", revision="", dataset=p, length=0, seed=seed), check_paper(p)
         for c, o in outcomes:
             off = o.verdict==VERDICTS[2]
