@@ -502,7 +502,7 @@ def _say_total(plan):
     n, k = t["artifacts"], t["can_run"]
     return lines + [f"Of {n} artifact{'s' if n > 1 else ''} of profile{'s' if len(plan['profiles']) > 1 else ''} {', '.join(plan['profiles'])}, this machine can run {k if k < n else 'all' if n > 1 else 'it'}; sizes, memory and times are estimates, and nothing was downloaded to make them."]
 
-# %% ../../nbs/7_reproduction/plan.ipynb #11e291ff
+# %% ../../nbs/7_reproduction/plan.ipynb #32f4e978
 def pin(api=None,  # of huggingface_hub: has `model_info` and `dataset_info`; None = the hub
         path=None, # of hub.yaml
        )->list:    # of (repository, commit before, commit now, or None and what went wrong)
@@ -517,7 +517,7 @@ def pin(api=None,  # of huggingface_hub: has `model_info` and `dataset_info`; No
             if entry.get("at"): continue                  # not a repository of the hub
             try: told.append((part, name, entry["revision"], ask(name).sha, ""))
             except Exception as e: told.append((part, name, entry["revision"], None, " ".join(str(e).split())[:120])) # whatever the hub or the network says is reported, and the others go on
-    _write(path, {(part, name): now for part, name, _, now, _ in told if now})
+    if any(now for *_, now, _ in told): _write(path, {(part, name): now for part, name, _, now, _ in told if now})
     return [(name, before, now, why) for _, name, before, now, why in told]
 
 def _write(path, commits): # the file with other revisions, all else as it was
@@ -544,7 +544,7 @@ def pinned(params:dict, # every parameter's value
         if len(names) == 1: p["data_revision"] = commit("datasets", names.pop())
     return p
 
-# %% ../../nbs/7_reproduction/plan.ipynb #0981a9f1
+# %% ../../nbs/7_reproduction/plan.ipynb #267d7ab3
 def main(argv=None, # words after `lcnb plan`
         )->int:     # exit code: 0, or 1 if a commit could not be had
     "`lcnb plan [--profile P] [--only PATTERN] [--json]`, `lcnb plan --pin`."
@@ -566,5 +566,5 @@ def _pin_all(): # and say what changed
     told = pin()
     for name, before, now, why in told: print(f"{name:52} {now or 'not had: ' + why}{'' if before == now or not now else '  (new)' if not before else f'  (was {before[:12]})'}")
     failed = sum(not now for _, _, now, _ in told)
-    print(f"{len(told) - failed} of {len(told)} commits are in {os.path.relpath(hub_path())}")
+    print(f"the hub told {len(told) - failed} of {len(told)} commits" + (f"; they stand in {os.path.relpath(hub_path())}" if failed < len(told) else "; nothing was written"))
     return int(failed > 0)
