@@ -21,7 +21,7 @@ from .baselines import TextReader, windows_of
 from .chunker import chunk_texts
 from .metrics import score_rows
 from .model import Adapter, Context, E2LLM, Row, TINY_PROMPTS, _write, lora_count, paper_shapes, trained_sizes, weighted_nll
-from .training import HIDDEN, LINE, Pool, RECIPE, SECOND, TINY, quiz_line, quiz_record, quiz_records, train_e2llm
+from .training import HIDDEN, LINE, Pool, RECIPE, SECOND, TINY, fitted, quiz_line, quiz_record, quiz_records, train_e2llm
 from ..foundations.checks import InputError, positive_int, require
 from ..laboratory.corpora import encode, load_corpus, token_windows
 from ..laboratory.cost import peak_bytes
@@ -608,12 +608,8 @@ def train_on(run:str,        # see `change_of`
     from lcnb.e2llm.data import load_records
     from lcnb.e2llm.model import PROMPTS
     s = settings | change_of(run, settings)
-    enc, lm = (encoder or load_encoder)(s["encoder"]), (load or load_model)(s["decoder"])
-    adapter = Adapter(enc.dim, lm.model.config.hidden_size, s["layers"], hidden, seed).to(lm.model.device)
-    ml = E2LLM(enc, lm, adapter, s["chunk_size"], s["overlap"], encoder_rank=s["encoder_rank"], decoder_rank=s["decoder_rank"], prompts=prompts or PROMPTS, checkpointing=lm.model.device.type == "cuda", seed=seed)
-    records = load_records(spec, "train", n_train, seed)
-    first = ml.vectors([t for r in records[:8] for t in chunk_texts(r["context"], ml.chunks(r["context"]).spans)][:64]).detach()
-    adapter.fit(first.to(next(adapter.parameters())), ml.decoder.get_input_embeddings().weight.std().item())
+    enc, lm, records = (encoder or load_encoder)(s["encoder"]), (load or load_model)(s["decoder"]), load_records(spec, "train", n_train, seed)
+    ml = fitted(enc, lm, records, s["layers"], hidden, seed, chunk_size=s["chunk_size"], overlap=s["overlap"], encoder_rank=s["encoder_rank"], decoder_rank=s["decoder_rank"], prompts=prompts or PROMPTS, checkpointing=lm.model.device.type == "cuda")
     with tempfile.TemporaryDirectory() as tmp: train_e2llm(ml, records, tmp, understanding=s["understanding"], seed=seed, **recipe)
     tests, kind = load_records(spec, "test", n_docs, seed), kind_of(spec)
     return answer_rows(ml, tests, kind, dict(run=run, dataset=spec, length=0, seed=seed), stop_words, max_new_tokens=max_new_tokens, batch=batch)
