@@ -156,7 +156,7 @@ def _settings(model, out, steps, batch, **more):
     "`TrainingArguments` in which `batch` counts the rows of all processes."
     from transformers import TrainingArguments
     on_gpu = next(model.parameters()).device.type != "cpu" or "LOCAL_RANK" in os.environ and torch.cuda.is_available()
-    args = TrainingArguments(**dict(output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch, use_cpu=not on_gpu, ddp_broadcast_buffers=False) | more)  # buffers are constants
+    args = TrainingArguments(**dict(output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch, use_cpu=not on_gpu) | more)
     require(batch % args.world_size == 0, "batch", batch, f"a multiple of {args.world_size}, the number of processes")
     args.per_device_train_batch_size, args._n_gpu = batch//args.world_size, min(1, args.n_gpu)    # one process has one device
     return args

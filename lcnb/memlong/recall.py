@@ -122,7 +122,7 @@ def eval_recall(model,          # a `MemLong`, or a plain decoder, which reads t
     require(int(places.min()) > first, "local_len", local, f"so much that every recall token is read, at least {ids.shape[1]-int(places.min())+1}")
     nll, right = [], []
     for x in ids.split(batch):
-        logits = (model(x) if hasattr(model, "local_len") else model(input_ids=x[:, first:])).logits[:, :-1].float().cpu()
+        logits = (model(x.to(model.device)) if hasattr(model, "local_len") else model(input_ids=x[:, first:].to(model.device))).logits[:, :-1].float().cpu()
         nll.append(cross_entropy(logits.transpose(1, 2), x[:, first+1:], reduction="none"))
         right.append(logits.argmax(-1) == x[:, first+1:])
     nll, right, at = torch.cat(nll), torch.cat(right), places-first-1

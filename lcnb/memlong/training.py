@@ -181,7 +181,7 @@ def tiny_scores(ml, ids, places, stories=None): # of held-out documents, and of 
         score |= {f"{k}{name}": v for k, v in got.items() if not name or k != "other_nll"}
     ml.embed = embed
     if stories is not None:
-        with torch.no_grad(): score |= {f"story_nll{name}": round(memory_loss(logits, stories, stories[:, :0])[0].item(), 4) for name, logits in (("", ml(stories).logits), ("_none", ml.model(stories[:, -ml.local_len:]).logits))}
+        with torch.no_grad(): score |= {f"story_nll{name}": round(memory_loss(logits, stories, stories[:, :0])[0].item(), 4) for name, logits in (("", ml(stories.to(ml.device)).logits), ("_none", ml.model(stories[:, -ml.local_len:].to(ml.device)).logits))}
     return score
 
 def held_out(tokenizer, n:int=HELD_OUT): # ids `(n,320)` and places of recall documents, ids of stories `(n,320)`
