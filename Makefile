@@ -8,7 +8,7 @@ JOBS   ?= 2
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND := agg
 
-.PHONY: help reproduce report test test-notebooks test-python test-clean lab train bench export clean-notebooks readme
+.PHONY: help reproduce report real gpu cluster verify test test-notebooks test-python test-clean lab train bench export readme
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -25,13 +25,31 @@ reproduce: $(STAMP)   ## run every artifact at the tiny profile, then write the 
 report: $(STAMP)      ## write figures/report.html from what has been run
 	$(BIN)/lcnb report
 
+real: $(STAMP)        ## the experiments on real checkpoints and texts: LCNB_ASSETS=/folder make real
+	$(BIN)/lcnb reproduce --profile assets --jobs $(JOBS) $(ARGS)
+	$(BIN)/lcnb report --profile assets
+
+gpu: $(STAMP)         ## the profile gpu and the benches on this machine's GPU; says what it left out, and why
+	$(BIN)/lcnb gpu $(ARGS)
+
+cluster: $(STAMP)     ## a profile as Snakemake jobs (ARGS="--config profile=gpu"; on SLURM: --workflow-profile slurm)
+	$(BIN)/snakemake -s data/cluster/Snakefile --workflow-profile local -c $(JOBS) $(ARGS)
+
+verify: $(STAMP)      ## run five artifacts again, drawn by lot, and compare with figures/tiny
+	$(BIN)/lcnb verify $(ARGS)
+
 test: $(STAMP) test-notebooks test-python   ## the notebooks' own tests, then pytest (which runs every artifact at the tiny profile)
 
 test-notebooks: $(STAMP)
 	$(BIN)/nbdev_test --path nbs --n_workers $(JOBS) --do_print
 
 test-python: $(STAMP)
+ifeq ($(ARGS),)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/test_experiments.py
+	$(BIN)/python -m pytest tests/test_experiments.py
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 test-clean: $(STAMP)  ## notebooks are clean and lcnb/ is what they export
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export && git diff --exit-code -- nbs lcnb
