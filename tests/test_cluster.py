@@ -72,6 +72,11 @@ def test_a_dry_run_lists_the_profile(tmp_path):
     assert not list(tmp_path.glob("the state/cluster/*/done/*/*")), "a dry run makes no stamp"
 
 
+def test_an_old_report_hides_nothing():
+    last = cluster.workflow(dict(only="dca/fig1_fig2_fig8,lm_infinite/fig2"), main=False).last
+    assert last[:2] == ["done/dca/fig1_fig2_fig8", "done/lm_infinite/fig2"] and last[2].endswith("report.html")
+
+
 BAD = [
     (dict(profile="gpuu"), "profile 'gpuu' does not exist: did you mean 'gpu'?"),
     (dict(only="dca/tabel1"), "only='dca/tabel1': no artifact of profile 'tiny' fits"),
@@ -214,6 +219,15 @@ def test_what_is_trained_comes_first_and_gpu_jobs_one_at_a_time(toy, tmp_path, m
     order = [name for *_, name in spans]
     assert order.index("trains") < order.index("reads") and {g for *_, g in toy.events()} <= {"5", "6"}
     assert "Nothing to be done" in make()[1] and len(toy.began()) == 3  # the adapters that it wrote do not make a training old
+
+
+@needs_snakemake
+def test_an_old_report_hides_nothing(toy):
+    toy.write(a={}, b={})
+    (toy.root/"figures").mkdir()
+    (toy.root/"figures"/"report.html").write_text("of yesterday")
+    code, said = snakemake("-n", profile="toy")
+    assert code == 0 and sorted(listed(said)) == ["toy/a", "toy/b"] and "rule report:" in said, said
 
 
 @needs_snakemake

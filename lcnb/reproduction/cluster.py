@@ -114,7 +114,7 @@ def workflow(config:dict,    # what `--config` said
     with contextlib.chdir(home()): # where the jobs run, so that a relative path means one thing
         some = jobs(s["profile"], s["only"], s["out"], notebook=s["notebook"], force=s["force"])
         if main: mirror(some, s["profile"], folder/"done", s["force"])
-    last = [f"done/{j.id}" for j in some] if s["out"] else [str(home()/"figures"/"report.html")]
+    last = [f"done/{j.id}" for j in some] + ([] if s["out"] else [str(home()/"figures"/"report.html")]) # each stamp too: a report of an earlier day would hide that one is missing
     return Workflow(folder, {j.id: j for j in some}, last)
 
 # %% ../../nbs/7_reproduction/cluster.ipynb #b0886ce6
