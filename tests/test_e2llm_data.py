@@ -23,7 +23,7 @@ def written(path, *rows):
 
 
 @pytest.mark.parametrize("bad, words", [
-    (b'{"context": "x", ', "line 3 is not JSON"), (b"\xff\xfe{}", "line 3 is not JSON"), (b"[" * 100_000, "line 3 is not JSON"), (b"7", "line 3: not a JSON object"),
+    (b'{"context": "x", ', "line 3 is not JSON"), (b"\xff\xfe{}", "line 3 is not JSON"), (b"[" * 100_000, "line 3 is not JSON"), (b"7", "line 3 is not a JSON object"),
     (dict(context="x", prompt="y"), "line 3: no field 'answer'; it has context, prompt, and needs context, prompt, answer"), ({}, "line 3: no field 'context'; it has none"),
     (GOOD | dict(context=""), "line 3: field 'context' is empty"), (GOOD | dict(context=None), "line 3: field 'context' is empty"), (GOOD | dict(prompt=["y"]), "line 3: column 'prompt' holds list, not text"),
     (GOOD | dict(answer=[]), "line 3: field 'answer' is an empty list"), (GOOD | dict(answer=["x", " "]), "line 3: field 'answer' is empty"), (GOOD | dict(answer=None), "line 3: field 'answer' is empty")])
@@ -86,7 +86,7 @@ def test_refused_places(tmp_path):
     with pytest.raises(InputError, match="cannot be loaded as a data set"): load_hub("no/such-set-anywhere", "train")
     with pytest.raises(InputError, match="no known layout has the columns text"): layout(["text"], "x")
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(InputError, match="must be .jsonl or .parquet"): load_records(f"folder:{tmp_path}")
+    with pytest.raises(InputError, match="must be .jsonl, .json, .parquet"): load_records(f"folder:{tmp_path}")
     (tmp_path / "train.parquet").write_bytes(b"no"); (tmp_path / "notes.txt").unlink()
     with pytest.raises(InputError, match="not a parquet file"): load_records(f"folder:{tmp_path}")
     with pytest.raises(InputError, match="split='test': must be one that"): load_records(f"folder:{tmp_path}", "test")

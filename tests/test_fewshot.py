@@ -23,7 +23,7 @@ def write(path, rows):
 @pytest.mark.parametrize("rows,why", [
     ([dict(input="x")], "columns of one of these schemas"), ([dict(question="x", answer="y")], "it has question, answer"), ([], "empty"),
     ([dict(instructions=[], outputs=[], input="a text")], "empty"), ([dict(input=" \n\nA text.", output="y")], "question not blank"),
-    ([dict(input="Who?\n\nA text.", output=3)], "must be texts"), ([dict(input="Who?\n\nA text.", output=None)], "must be texts")])
+    ([dict(input="Who?\n\nA text.", output=3)], "column 'output' holds an integer, not text"), ([dict(input="Who?\n\nA text.", output=None)], "holds nothing, not text")])
 def test_data_that_does_not_fit_is_refused_in_one_sentence(tmp_path, rows, why):
     with pytest.raises(InputError, match=why) as e: load_questions(write(tmp_path/"x.jsonl", rows))
     assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
@@ -152,6 +152,6 @@ def test_a_document_of_the_users_own(tmp_path):
                                     capture_output=True, text=True, timeout=300, env=os.environ | dict(LCNB_STATE=str(tmp_path/"state"), OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
     ok = run(f"document={tmp_path}/own.txt", 'questions=["Where does Mira live?"]', "lengths=[300]", "methods=[rope, dca]")
     assert ok.returncode == 0, ok.stdout + ok.stderr
-    assert (tmp_path/"out"/"table.md").read_text().count("Where does Mira live?") == 1
+    assert (tmp_path/"out"/"table.md").read_text().count("| Where does Mira live? |") == 1
     bad = run(f"document={tmp_path}/none.txt", "lengths=[300]")
     assert bad.returncode == 2 and "none.txt" in bad.stdout + bad.stderr

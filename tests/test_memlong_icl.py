@@ -76,11 +76,11 @@ def test_test_texts_are_taken_out_of_the_training_rows(tmp_path):
     with pytest.raises(InputError, match="at least one training text"): load_icl("mr", tmp_path)
 
 
-@pytest.mark.parametrize("rows,why", [([dict(review="x", label=1)], "rows with a text"), ([dict(text="x", label=2)], "a label from 0 to 1"), ([dict(text="x", label=-1)], "a label from 0 to 1"),
-                                      ([dict(text=3, label=1)], "rows with a text"), ([dict(text="x", label=None)], "a label from"), ([dict(text="x", label=True)], "a label from"), ([dict(input="x", output="y")], "rows with a text")])
+@pytest.mark.parametrize("rows,why", [([dict(review="x", label=1)], "must have a text"), ([dict(text="x", label=2)], "a label from 0 to 1"), ([dict(text="x", label=-1)], "a label from 0 to 1"),
+                                      ([dict(text=3, label=1)], "must have a text"), ([dict(text="x", label=None)], "a label from"), ([dict(text="x", label=True)], "a label from"), ([dict(input="x", output="y")], "must have a text")])
 def test_another_schema_is_refused_in_one_sentence(tmp_path, rows, why):
     with pytest.raises(InputError, match=why) as e: load_icl("mr", write(tmp_path/"mr.train.jsonl", rows))
-    assert "\n" not in str(e.value) and "corpus='mr', row 0" in str(e.value)
+    assert "\n" not in str(e.value) and f"corpus='mr', {tmp_path/'mr.train.jsonl'}: line 1: must" in str(e.value)
 
 
 def test_faults(tmp_path):

@@ -12,7 +12,8 @@ import ast, json, random, re
 from pathlib import Path
 
 from ..foundations.checks import InputError, positive_int, require
-from ..laboratory.corpora import _text, encode, find_files
+from ..laboratory.corpora import _text, check_row, encode, find_files, loading, misfit, table_rows
+from ..laboratory.fewshot import python_pairs, same_length
 from .chunker import chunk_text
 
 # %% ../../nbs/6_e2llm/data.ipynb #665d2ac1
@@ -47,13 +48,10 @@ def read_jsonl(path:Path, # UTF-8, a JSON object a line; blank lines are skipped
     "Records of a file; a line that is none is named."
     path, records, same = Path(path).expanduser(), [], {}
     if not path.is_file(): raise InputError(f"jsonl:{path}: no such file")
-    with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            if not line.strip(): continue
-            try: row = json.loads(line)
-            except (ValueError, RecursionError) as e: raise InputError(f"{path}: line {n} is not JSON ({getattr(e, 'msg', None) or e})") from None
-            row = check_record(row, f"{path}: line {n}")
-            records.append(row | dict(context=same.setdefault(row["context"], row["context"])))  # a context that many records share is kept once
+    require(path.name.lower().endswith((".jsonl", ".json", ".jsonl.zst")), "jsonl", str(path), "a file of lines of JSON, .jsonl")
+    for where, row in table_rows(path):
+        row = check_record(row, where)
+        records.append(row | dict(context=same.setdefault(row["context"], row["context"])))  # a context that many records share is kept once
     if not records: raise InputError(f"jsonl:{path}: no records in it")
     return records
 
@@ -63,53 +61,57 @@ REPORT = "Write a summary of this report."
 def _list(rows, key): # of a list of dicts, or of a dict of lists, which is what older readers make of it
     return list(rows[key]) if isinstance(rows, dict) else [r[key] for r in rows]
 
-def _plain(row): return [row]
+def _either(kind=str, *keys): return ([dict.fromkeys(keys, kind)], dict.fromkeys(keys, [kind])) # what `_list` reads
 
-def _qmsum(row):
+def _plain(row, where=""): return [row]
+
+def _qmsum(row, where=""):
     text = "\n".join(f"{s}: {c}" for s, c in zip(_list(row["meeting_transcripts"], "speaker"), _list(row["meeting_transcripts"], "content")))
     asked = [(q, a) for part in ("general_query_list", "specific_query_list") for q, a in zip(_list(row[part], "query"), _list(row[part], "answer"))]
     return [dict(context=text, prompt=q, answer=a) for q, a in asked]
 
-def _govreport(row): return [dict(context=row["report"], prompt=REPORT, answer=row["summary"])]
+def _govreport(row, where=""): return [dict(context=row["report"], prompt=REPORT, answer=row["summary"])]
 
-def _choice(row, question, options, right):
-    require(0 <= right < len(options), "answer", right, f"from 0 to {len(options)-1}, one of the options of {question!r}")
+def _choice(row, question, options, right, where):
+    require(0 <= right < len(options), f"{where}: answer" if where else "answer", right, f"from 0 to {len(options)-1}, one of the options of {question!r}")
     return dict(context=row["article"], prompt=question.strip(), answer=options[right].strip())
 
-def _quality(row): return [_choice(row, row["question"], row["options"], row["answer"])]
+def _quality(row, where=""): return [_choice(row, row["question"], row["options"], row["answer"], where)]
 
-def _quality_github(row): return [_choice(row, q["question"], q["options"], q["gold_label"] - 1) for q in row["questions"] if "gold_label" in q] # counted from 1
+def _quality_github(row, where=""): # answers are counted from 1; those of the test set are not given
+    told = [check_row(q, dict(gold_label=int), where) for q in row["questions"] if q.get("gold_label") is not None]
+    return [_choice(row, q["question"], q["options"], q["gold_label"] - 1, where) for q in told]
 
-def _narrativeqa(row): return [dict(context=row["document"]["text"], prompt=row["question"]["text"], answer=_list(row["answers"], "text"))]
+def _narrativeqa(row, where=""): return [dict(context=row["document"]["text"], prompt=row["question"]["text"], answer=_list(row["answers"], "text"))]
 
-def _triviaqa(row):
+def _triviaqa(row, where=""):
     pages = [p for rows, key in (("entity_pages", "wiki_context"), ("search_results", "search_context")) for p in _list(row[rows], key) if p and p.strip()]
     return [dict(context="\n\n".join(pages), prompt=row["question"], answer=list(dict.fromkeys([row["answer"]["value"], *row["answer"]["aliases"]])))] if pages else []
 
 # %% ../../nbs/6_e2llm/data.ipynb #266bc7c9
-def _leval(row): # questions with options become free ones, as for Quality
+def _leval(row, where=""): # questions with options become free ones, as for Quality
     found = []
-    for q, a in zip(row["instructions"], row["outputs"]):
+    for q, a in same_length(row, where):
         question, options = re.split(r"\s*\n\s*(?=\(A\))", q, maxsplit=1) if re.search(r"\n\s*\(A\)", q) else (q, None)
         found.append(dict(context=row["input"], prompt=question, answer=re.sub(r"^\s*\([A-Z]\)\s*", "", a).strip() if options else a))
     return [r for r in found if r["answer"].strip()]
 
-def _loogle(row):
-    try: pairs = ast.literal_eval(row["qa_pairs"])
-    except (ValueError, SyntaxError): return []                  # `none`: a text without questions
-    return [dict(context=row["input"], prompt=p["Q"], answer=str(p["A"])) for p in pairs or [] if str(p["A"]).strip()]
+def _loogle(row, where=""): return [dict(context=row["input"], prompt=p["Q"], answer=str(p["A"])) for p in python_pairs(row, where) if str(p["A"]).strip()]
 
-LAYOUTS = [(FIELDS, _plain), (("meeting_transcripts", "general_query_list", "specific_query_list"), _qmsum), (("report", "summary"), _govreport), (("article", "question", "options", "answer"), _quality),
-           (("article", "questions"), _quality_github), (("document", "question", "answers"), _narrativeqa), (("question", "answer", "entity_pages", "search_results"), _triviaqa),
-           (("instructions", "outputs", "input"), _leval), (("input", "qa_pairs"), _loogle)]                    # columns, row -> records
+LAYOUTS = [(dict.fromkeys(FIELDS, object), _plain), # what the columns hold, row -> records; the first layout whose columns are all there
+           (dict(meeting_transcripts=_either(str, "speaker", "content"), general_query_list=_either(str, "query", "answer"), specific_query_list=_either(str, "query", "answer")), _qmsum),
+           (dict(report=str, summary=str), _govreport), (dict(article=str, question=str, options=[str], answer=int), _quality), (dict(article=str, questions=[dict(question=str, options=[str])]), _quality_github),
+           (dict(document=dict(text=str), question=dict(text=str), answers=_either(str, "text")), _narrativeqa),
+           (dict(question=str, answer=dict(value=str, aliases=[str]), entity_pages=_either((str, type(None)), "wiki_context"), search_results=_either((str, type(None)), "search_context")), _triviaqa),
+           (dict(instructions=[str], outputs=[str], input=str), _leval), (dict(input=str, qa_pairs=str), _loogle)]
 
 def layout(names,     # columns of a table
            where:str, # it stands, for the message
-          ):          # function from a row to records
+          ):          # function from a row, and where it stands, to records
     "The layout that has these columns."
-    found = next((convert for columns, convert in LAYOUTS if set(columns) <= set(names)), None)
-    if found is None: raise InputError(f"{where}: no known layout has the columns {', '.join(map(str, names)) or '(none)'}; context, prompt and answer are enough")
-    return found
+    like, convert = next(((like, convert) for like, convert in LAYOUTS if set(like) <= set(names)), (None, None))
+    if convert is None: raise InputError(f"{where}: no known layout has the columns {', '.join(map(str, names)) or '(none)'}; context, prompt and answer are enough")
+    return lambda row, at=where: convert(check_row(row, like, at), at)
 
 # %% ../../nbs/6_e2llm/data.ipynb #d1a94da6
 SPLITS = ("train", "validation", "train+validation", "test")
@@ -145,35 +147,22 @@ def _part(records, split, n, seed): # of a training set: n drawn, then split
 # %% ../../nbs/6_e2llm/data.ipynb #0d850418
 OFFICIAL = {"train": ("train",), "test": ("validation", "val", "dev")}
 
-def _rows(path): # of a file, as dicts, with where each stands
-    if path.name.lower().endswith(".jsonl"):
-        with open(path, "rb") as f:
-            for n, line in enumerate(f, 1):
-                if not line.strip(): continue
-                try: yield f"{path.name}: line {n}", json.loads(line)
-                except (ValueError, RecursionError) as e: raise InputError(f"{path}: line {n} is not JSON ({getattr(e, 'msg', None) or e})") from None
-    elif path.name.lower().endswith(".parquet"):
-        import pyarrow as pa, pyarrow.parquet as pq
-        try: file = pq.ParquetFile(path)
-        except pa.ArrowInvalid: raise InputError(f"{path}: not a parquet file") from None
-        n = 0
-        for batch in file.iter_batches(batch_size=16):
-            for row in batch.to_pylist(): yield f"{path.name}: row {n}", row; n += 1
-    else: raise InputError(f"{path}: must be .jsonl or .parquet")
 
 def _converted(rows, convert=None): # records of rows, each context kept once
     same, found = {}, []
     for where, row in rows:
-        if not isinstance(row, dict): raise InputError(f"{where}: not a JSON object")
-        for r in (convert or layout(row, where))(row):
+        for r in (convert or layout(row, where))(row, where):
             r = check_record(r, where)
             found.append(r | dict(context=same.setdefault(r["context"], r["context"])))
     return found
 
-def _retrieval(files): # corpus, queries and qrels as records
-    tables = {f.name.split(".")[0]: [row for _, row in _rows(f)] for f in files}
-    texts, queries = {r["doc_id"]: r["text"] for r in tables["corpus"]}, {r["qid"]: r for r in tables["queries"]}
-    return [check_record(dict(context=texts[r["doc_id"]], prompt=queries[r["qid"]].get("question"), answer=queries[r["qid"]]["text"]), f"qrels: {r['qid']}") for r in tables["qrels"]]
+def _retrieval(files, where): # corpus, queries and qrels as records
+    from lcnb.longembed.benchmark import task_from_tables
+    tables = {f.name.split(".")[0]: [row for _, row in table_rows(f)] for f in files}
+    task = task_from_tables(where, tables, "retrieval")
+    for n, r in enumerate(tables["queries"], 1): check_row(r, dict(question=str), f"{where}: row {n} of queries")
+    asked = dict(zip((str(r.get("qid", r.get("_id", r.get("id")))) for r in tables["queries"]), (r["question"] for r in tables["queries"])))
+    return [check_record(dict(context=task.docs[d], prompt=asked[q], answer=task.queries[q]), f"{where}: query {q!r}") for q, right in task.qrels.items() for d in right]
 
 # %% ../../nbs/6_e2llm/data.ipynb #429dfabd
 def _files_of(name, split): # the files of a part
@@ -196,8 +185,8 @@ def load_folder(name:str,       # the folder, or a file
                )->list:         # of records
     "Records of a folder in a known layout."
     files = _files_of(name, split)
-    if {f.name.split(".")[0] for f in files} >= {"corpus", "queries", "qrels"}: records = _retrieval(files)
-    else: records = _converted(pair for f in files for pair in _rows(f))
+    if {f.name.split(".")[0] for f in files} >= {"corpus", "queries", "qrels"}: records = _retrieval(files, f"folder:{name}")
+    else: records = _converted(pair for f in files for pair in table_rows(f))
     return sample(records, n, seed) if split == "test" else _part(records, split, n, seed)
 
 # %% ../../nbs/6_e2llm/data.ipynb #8e732f6c
@@ -214,8 +203,7 @@ def load_hub(name:str,       # a key of `HUB`, or NAME[:CONFIG]
     from datasets import load_dataset
     require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)} for hub:{name}")
     path, _, config = name.partition(":")
-    try: rows = load_dataset(**HUB.get(name, dict(path=path, name=config or None)), split="validation" if split == "test" else "train")
-    except (OSError, ValueError, RuntimeError) as e: raise InputError(f"hub:{name}: cannot be loaded as a data set ({' '.join(str(e).split())[:200]})") from None
+    with loading(f"hub:{name}"): rows = load_dataset(**HUB.get(name, dict(path=path, name=config or None)), split="validation" if split == "test" else "train")
     convert, several = layout(rows.column_names, f"hub:{name}"), {"meeting_transcripts", "questions", "instructions", "qa_pairs"} & set(rows.column_names)
     pairs = lambda places: ((f"hub:{name}: row {i}", rows[i]) for i in places)
     if several or n is None: records = sample(_converted(pairs(range(len(rows))), convert), n, seed)
@@ -272,6 +260,7 @@ def load_records(spec:str,       # jsonl:PATH, folder:PATH, hub:NAME, or another
     require(split is None or split in SPLITS, "split", split, f"None or one of {', '.join(SPLITS)}")
     require(spec in LOADERS or kind in LOADERS and name, "spec", spec, "jsonl:PATH, folder:PATH, hub:NAME, or one of " + ", ".join(k for k in LOADERS if ":" in k))
     records = LOADERS[spec if spec in LOADERS else kind](name, split, n, seed)
+    if not records: raise InputError(f"{spec}: no records in it{f', split {split}' if split else ''}")
     return [check_record(r, f"{spec}: record {i}") for i, r in enumerate(records)]
 
 # %% ../../nbs/6_e2llm/data.ipynb #90610a22

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FIRST', 'SCHEMAS', 'CHOICES', 'TEMPLATES', 'TRUNCATE', 'METRICS', 'Question', 'told_story',
-           'grammar_questions', 'split_input', 'schema_of', 'read_rows', 'read_questions', 'load_questions', 'Examples',
-           'Template', 'fit_document', 'build_prompt', 'cut_answer', 'normalise', 'token_f1', 'option_letters',
-           'judgement', 'score_answers', 'answer_questions', 'eval_fewshot', 'average_rows', 'score_table', 'aligned',
-           'own_questions', 'answer_table']
+           'grammar_questions', 'split_input', 'same_length', 'python_pairs', 'schema_of', 'read_rows',
+           'read_questions', 'load_questions', 'Examples', 'Template', 'fit_document', 'build_prompt', 'cut_answer',
+           'normalise', 'token_f1', 'option_letters', 'judgement', 'score_answers', 'answer_questions', 'eval_fewshot',
+           'average_rows', 'score_table', 'aligned', 'own_questions', 'answer_table']
 
 # %% ../../nbs/2_laboratory/fewshot.ipynb #fs000004
 import ast, math, random, re, string
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..foundations.checks import InputError, require, positive_int
 from . import grammar
+from .corpora import check_row, loading, misfit, table_rows
 from .tasks import generate_answers, tokens_after
 
 # %% ../../nbs/2_laboratory/fewshot.ipynb #fs000006
@@ -97,21 +98,40 @@ def split_input(text:str, # `input` of SCROLLS
         question, document = f"{question}\n\n{options}", rest
     return question.strip(), document.strip()
 
-def _scrolls(r): yield (*(split_input(r["input"])[::-1]), (r["output"],))
-def _queried(r): yield r["input"], r["query"], (r["output"],)
-def _leval(r):   yield from ((r["input"], q, (a,)) for q, a in zip(r["instructions"], r["outputs"]))
-def _loogle(r):  yield from ((r["input"], p["Q"], (p["A"],)) for p in ast.literal_eval(r["qa_pairs"]))
-def _qmsum(r):
+def _scrolls(r, where): yield (*(split_input(r["input"])[::-1]), (r["output"],))
+def _queried(r, where): yield r["input"], r["query"], (r["output"],)
+def _leval(r, where):   yield from ((r["input"], q, (a,)) for q, a in same_length(r, where))
+def _loogle(r, where):  yield from ((r["input"], p["Q"], (str(p["A"]),)) for p in python_pairs(r, where))
+def _qmsum(r, where):
     text = "\n".join(f"{t['speaker']}: {t['content']}" for t in r["meeting_transcripts"])
     yield from ((text, x["query"], (x["answer"],)) for x in [*r["general_query_list"], *r["specific_query_list"]])
 
-SCHEMAS = {("input", "query", "output"): _queried, ("input", "output"): _scrolls, ("instructions", "input", "outputs"): _leval,
-           ("input", "qa_pairs"): _loogle, ("meeting_transcripts", "general_query_list", "specific_query_list"): _qmsum}
+def same_length(row,  # of L-Eval
+                where:str, # it stands
+               )->list:    # of (instruction, output)
+    "The instructions of a document, each with its output."
+    a, b = row["instructions"], row["outputs"]
+    if len(a) != len(b): raise InputError(f"{where}: column 'instructions' holds {len(a)} texts and column 'outputs' {len(b)}")
+    return list(zip(a, b))
+
+def python_pairs(row,  # of LooGLE, whose `qa_pairs` is Python code
+                 where:str, # it stands
+                )->list:    # of dicts with Q and A; none where it says `none`
+    "The questions of a document."
+    try: pairs = ast.literal_eval(row["qa_pairs"]) if row["qa_pairs"].strip() != "none" else []
+    except (ValueError, SyntaxError, RecursionError, MemoryError): raise InputError(f"{where}: column 'qa_pairs' is no list of questions and answers in Python's notation: {row['qa_pairs'][:40]!r}") from None
+    if wrong := misfit(pairs, [dict(Q=str, A=object)], "column 'qa_pairs'"): raise InputError(f"{where}: {wrong}")
+    return pairs
+
+_ASKED = [dict(query=str, answer=str)]
+SCHEMAS = {("input", "query", "output"): (_queried, dict(input=str, query=str, output=str)), ("input", "output"): (_scrolls, dict(input=str, output=str)),
+           ("instructions", "input", "outputs"): (_leval, dict(instructions=[str], input=str, outputs=[str])), ("input", "qa_pairs"): (_loogle, dict(input=str, qa_pairs=str)),
+           ("meeting_transcripts", "general_query_list", "specific_query_list"): (_qmsum, dict(meeting_transcripts=[dict(speaker=str, content=str)], general_query_list=_ASKED, specific_query_list=_ASKED))} # columns -> reader, what they hold
 
 # %% ../../nbs/2_laboratory/fewshot.ipynb #fs000018
 def schema_of(columns, # names
               where:str, # the data, for the error message
-             ):          # function from a row to (document, question, references)
+             )->tuple:   # function from a row to (document, question, references), and what its columns hold
     "The reader of the first schema whose columns are all there."
     order = sorted(SCHEMAS, key=lambda s: s == ("input", "output"))
     found = [s for s in order if set(s) <= set(columns)]
@@ -130,7 +150,8 @@ def read_rows(rows,      # dicts, any number
     "Questions of a table; neighbouring rows with one `id` are one question with several answers."
     last, key = None, None
     for i, r in enumerate(rows):
-        for d, q, refs in schema_of(r, f"{where}, row {i}")(r):
+        read, like = schema_of(r, f"{where}, row {i}")
+        for d, q, refs in read(check_row(r, like, f"{where}, row {i}"), f"{where}, row {i}"):
             q, now = _check(d, q, refs, f"{where}:{i}"), (r.get("id"), q)
             if last is not None and r.get("id") is not None and now == key: last = Question(last.document, last.question, last.references + q.references, last.id)
             else:
@@ -141,12 +162,10 @@ def read_rows(rows,      # dicts, any number
 # %% ../../nbs/2_laboratory/fewshot.ipynb #fs000021
 def _file_rows(path, spec):
     "Rows of a .json, .jsonl or .parquet file, or of all such files of a folder."
-    from datasets import load_dataset
     files = sorted(p for p in path.rglob("*") if p.suffix in (".jsonl", ".json", ".parquet")) if path.is_dir() else [path]
     known = files and all(f.is_file() and f.suffix in (".jsonl", ".json", ".parquet") for f in files)
     require(known and len({f.suffix == ".parquet" for f in files}) == 1, "questions", spec, "a .jsonl or .parquet file, or a folder of files of one of these kinds")
-    if not any(f.stat().st_size for f in files): return iter(())
-    return load_dataset("parquet" if files[0].suffix == ".parquet" else "json", data_files=[str(f) for f in files], split="train", streaming=True)
+    return (row for f in files if f.stat().st_size for _, row in table_rows(f))
 
 def _hub_rows(name, spec):
     "Rows of one split of a hub data set."
@@ -166,14 +185,10 @@ def read_questions(spec:str,        # grammar:KIND[:train], file:PATH or hub:NAM
     if kind == "grammar": return grammar_questions(*name.split(":")[:2], n_words=n_words, seed=seed)
     require(kind in ("file", "hub"), "questions", spec, "grammar:KIND[:train], file:PATH or hub:NAME[@REVISION]:CONFIG:SPLIT")
     if kind == "file": require(Path(name).expanduser().exists(), "questions", spec, "a file or folder that exists")
-    return _readable(spec, lambda: read_rows(_file_rows(Path(name).expanduser(), spec) if kind == "file" else _hub_rows(name, spec), spec))
+    return read_rows(_file_rows(Path(name).expanduser(), spec), spec) if kind == "file" else _from_hub(name, spec)
 
-def _readable(spec, questions):
-    "Yields them; what `datasets` raises for data that cannot be read becomes one sentence."
-    try: yield from questions()
-    except InputError: raise
-    except (OSError, ValueError, RuntimeError) as e: # not found, no network, unknown configuration, loading script, broken file
-        raise InputError(f"questions={spec!r}: cannot be loaded as a data set ({' '.join(str(e).split())[:200]})") from None
+def _from_hub(name, spec):
+    with loading(f"questions={spec!r}"): yield from read_rows(_hub_rows(name, spec), spec)
 
 # %% ../../nbs/2_laboratory/fewshot.ipynb #fs000022
 def load_questions(spec:str,        # see `read_questions`

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..foundations.checks import InputError, positive_int, require
-from ..laboratory.corpora import load_corpus
+from ..laboratory.corpora import load_corpus, loading, misfit, table_rows
 from ..laboratory.grammar import PASSKEY_FILLER
 from . import facts
 
@@ -163,22 +163,10 @@ TABLES = {"corpus": dict(id=("doc_id", "_id", "id"), text=("text",)), "queries":
           "qrels": dict(query=("qid", "query-id"), doc=("doc_id", "corpus-id"))}
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 
-def _jsonl(path):
-    for n, line in enumerate(path.read_text(encoding="utf8").splitlines(), 1):
-        if not line.strip(): continue
-        try: row = json.loads(line)
-        except ValueError as e: raise InputError(f"{path}: line {n} is not JSON ({e})") from None
-        if not isinstance(row, dict): raise InputError(f"{path}: line {n} is not a JSON object")
-        yield row
-
 def read_table(path:Path, # .parquet, .jsonl, .csv or .tsv
               )->list:    # of dicts
     "The rows of a file."
-    if path.suffix == ".jsonl": return list(_jsonl(path))
-    if path.suffix == ".parquet":
-        import pyarrow as pa, pyarrow.parquet as pq
-        try: return pq.read_table(path).to_pylist()
-        except pa.ArrowInvalid: raise InputError(f"{path}: not a parquet file") from None
+    if path.suffix in (".jsonl", ".parquet"): return [row for _, row in table_rows(path)]
     import pandas as pd
     try: return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False).to_dict("records")
     except (ValueError, pd.errors.ParserError) as e: raise InputError(f"{path}: cannot be read as a table ({' '.join(str(e).split())})") from None
@@ -197,16 +185,14 @@ def _folder(spec):
 def _hub(spec, revision):
     "Rows of the three tables of a data set: splits of one configuration (LongEmbed), or three configurations (MTEB, BEIR)."
     from datasets import load_dataset, load_dataset_builder
-    from datasets.exceptions import DatasetsError
     name, _, config = spec.removeprefix("hub:").partition(":")
     def rows(config, split):  # only the files of this split: those of the official data set differ in their columns, so they cannot be read together
         builder = load_dataset_builder(name, config, revision=revision)
         files = builder.config.data_files or {}
         if split not in files: raise ValueError(f"{config} has no split {split}; it has {', '.join(map(str, files))}")
         return load_dataset(builder.name, data_files={split: list(files[split])}, split=split).to_list()
-    try: return {t: rows(config, t) if config else rows("default" if t == "qrels" else t, "test" if t == "qrels" else t) for t in TABLES}
-    except (DatasetsError, OSError, ValueError, RuntimeError) as e: # not found, no network, unknown configuration or split
-        raise InputError(f"{spec}: cannot be loaded as a retrieval data set ({' '.join(str(e).split())[:200]})") from None
+    with loading(spec, "a retrieval data set"):
+        return {t: rows(config, t) if config else rows("default" if t == "qrels" else t, "test" if t == "qrels" else t) for t in TABLES}
 
 # %% ../../nbs/4_longembed/benchmark.ipynb #bm000019
 def _columns(spec, name, rows):
@@ -221,9 +207,12 @@ def _texts(spec, name, rows):
     c, texts = _columns(spec, name, rows), {}
     for n, row in enumerate(rows, 1):
         i, text = row.get(c["id"]), row.get(c["text"])
-        if i is None or not isinstance(text, str): raise InputError(f"{spec}: row {n} of {name} has no {c['id'] if i is None else c['text']}")
+        if i is None or text is None: raise InputError(f"{spec}: row {n} of {name} has no {c['id'] if i is None else c['text']}")
+        if wrong := misfit(i, (str, int), f"column {c['id']!r}") or misfit(text, str, f"column {c['text']!r}"): raise InputError(f"{spec}: row {n} of {name}: {wrong}")
         if str(i) in texts: raise InputError(f"{spec}: {name} has the id {str(i)!r} twice")
-        texts[str(i)] = f"{row['title']} {text}" if row.get("title") else text
+        title = row.get("title") or ""
+        if wrong := misfit(title, str, "column 'title'"): raise InputError(f"{spec}: row {n} of {name}: {wrong}")
+        texts[str(i)] = f"{title} {text}" if title else text
     return texts
 
 def _grades(spec, rows):
@@ -232,14 +221,16 @@ def _grades(spec, rows):
     for n, row in enumerate(rows, 1):
         grade = row.get("score", 1)
         try: grade = int(float(grade))
-        except (TypeError, ValueError): raise InputError(f"{spec}: row {n} of qrels has the score {grade!r}, which is not a number") from None
+        except (TypeError, ValueError, OverflowError): raise InputError(f"{spec}: row {n} of qrels has the score {grade!r}, which is not a number") from None
         if grade > 0: grades.setdefault(str(row.get(c["query"])), {})[str(row.get(c["doc"]))] = grade
     return grades
 
 def _of_length(spec, tables, length):
     "Rows of one length, where the tables hold several (the published passkey and needle)."
-    known = sorted({r["context_length"] for r in tables["queries"] if r.get("context_length") is not None}, key=int)
+    known = {r["context_length"] for r in tables["queries"] if r.get("context_length") is not None}
     if not known: return tables, None
+    try: known = sorted(known, key=int)
+    except (TypeError, ValueError): raise InputError(f"{spec}: column 'context_length' of queries holds {', '.join(sorted(map(repr, known))[:4])}, not whole numbers") from None
     require(str(length) in map(str, known), "length", length, f"one of {', '.join(map(str, known))}, the lengths of {spec}")
     return {t: [r for r in rows if str(r.get("context_length")) == str(length)] for t, rows in tables.items()}, length
 

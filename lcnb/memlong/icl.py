@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..foundations.checks import InputError, positive_int, require
 from ..laboratory import grammar
+from ..laboratory.corpora import loading, table_rows
 from ..laboratory.tasks import tokens_after
 
 # %% ../../nbs/5_memlong/icl.ipynb #439c635e
@@ -78,7 +79,9 @@ def _word(row, task, where):
     text = next((row[c] for c in ("text", "sentence") if isinstance(row.get(c), str)), None)
     label, word = row.get("label"), row.get("label_text")
     if word not in task.words: word = task.words[label] if type(label) is int and 0 <= label < len(task.words) else None
-    require(text is not None and word is not None, where, sorted(row), f"rows with a text (or sentence) and a label from 0 to {len(task.words)-1}, or a label_text among {', '.join(task.words)}")
+    if text is None or word is None:
+        there = ", ".join(f"{k}: {str(v)[:30]!r}" if isinstance(v, str) else f"{k}: {str(v)[:30]}" for k, v in row.items())
+        raise InputError(f"{where}: must have a text (or sentence) and a label from 0 to {len(task.words)-1}, or a label_text among {', '.join(task.words)}; it has {there or 'nothing'}")
     return text.strip(), word
 
 def _apart(task, train, test, revision=""):
@@ -98,14 +101,10 @@ def _files(folder, name, split):
     return next((p for p in places if p.is_file()), None)
 
 def _rows(path=None, hub=None, split=None, revision=None, where=""):
-    "Rows of a file or of a split on the hub; what `datasets` raises becomes one sentence."
+    "Where each row of a file or of a split on the hub stands, and the row."
+    if path: return list(table_rows(path)) if path.stat().st_size else []
     from datasets import load_dataset
-    if path and not path.stat().st_size: return []
-    try:
-        if path: return list(load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=str(path), split="train", streaming=True))
-        return list(load_dataset(hub, split=split, revision=revision))
-    except (OSError, ValueError, RuntimeError) as e: # not found, no network, no such split, broken file
-        raise InputError(f"corpus={where!r}: cannot be loaded ({' '.join(str(e).split())[:200]})") from None
+    with loading(f"corpus={where!r}"): return [(f"{hub}, {split}: row {i}", r) for i, r in enumerate(load_dataset(hub, split=split, revision=revision))]
 
 def load_icl(name:str,         # a key of `TASKS` or of `GRAMMAR`
              folder:str=None,  # where the sets are files; None = the hub
@@ -126,7 +125,7 @@ def load_icl(name:str,         # a key of `TASKS` or of `GRAMMAR`
         require(paths["train"] is not None, "data_folder", str(folder), f"a folder with {name}.train.parquet or {name}.train.jsonl")
         path = next((paths[s] for s in (task.split, "test", "validation") if paths[s]), None)
         found = {"train": _rows(paths["train"], where=name), "test": path and _rows(path, where=name)}
-    read = lambda rows: None if rows is None else [_word(r, task, f"corpus={name!r}, row {i}") for i, r in enumerate(rows)]
+    read = lambda rows: None if rows is None else [_word(r, task, f"corpus={name!r}, {where}") for where, r in rows]
     return _apart(task, read(found["train"]), read(found["test"]), revision or "")
 
 # %% ../../nbs/5_memlong/icl.ipynb #c345b09c
