@@ -207,7 +207,7 @@ def verify_one(id, profile, against, out, notebook=True, exact=False)->tuple: # 
     c = compare_results(old, new, exact)
     return c.status, tell(id, c, [*keyed(old.rows), *keyed(new.rows)]), then_and_now(old.run, new.run)
 
-# %% ../../nbs/7_reproduction/verify.ipynb #b466cd38
+# %% ../../nbs/7_reproduction/verify.ipynb #0815cdd8
 def _arguments(): # of the command
     p = argparse.ArgumentParser(prog="lcnb verify", description="run some artifacts again, into a temporary folder, and compare every row with the committed one; exit code 1 if one differs")
     p.add_argument("--profile", default="tiny", help="whose parameters, and whose results under figures/")
@@ -241,5 +241,5 @@ def main(argv=None)->int: # exit code: 0 nothing differs, 1 something does
 
 def _summary(count, notes, ids): # the last lines
     for text,which in notes.items(): print(f"not as committed: {text}" + ("" if len(which)==len(ids) else f" ({', '.join(which)})"))
-    if not notes and count["differs"]+count["within tolerance"]: print("machine, versions and parameters look the same as when the results were made, so only the code or a fault can have moved a row")
+    if not notes and count["differs"]+count["within tolerance"]: print("what is recorded of machine, versions and parameters is as it was; what moved may be the code's doing, that of a variable that chooses instructions, or a fault")
     print(", ".join(f"{count[s]} {s}" for s in ("identical", "within tolerance", "differs", "failed") if count[s]))
