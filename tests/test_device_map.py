@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lcnb.foundations.checks import InputError
 from lcnb.laboratory.models import load_model, random_llama
@@ -31,7 +33,6 @@ def split(how, tmp):
     from accelerate import cpu_offload, disk_offload, dispatch_model
     from accelerate.utils import offload_state_dict
     model = llama()
-    if how == "cpu": return cpu_offload(model)
     if how == "cpu and buffers": return cpu_offload(model, offload_buffers=True)
     if how == "disk": disk_offload(model, str(tmp)); return model
     names = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"} | {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
@@ -46,7 +47,7 @@ def padded(ids):
     return x, mask
 
 
-@pytest.mark.parametrize("how", ["cpu", "cpu and buffers", "disk", "half of the layers on disk"])
+@pytest.mark.parametrize("how", ["cpu and buffers", "disk", "half of the layers on disk"])
 def test_a_split_model_computes_the_same(how, tmp_path):
     whole, parts = llama(), split(how, tmp_path)
     ids = torch.randint(3, 97, (2, LONG), generator=torch.Generator().manual_seed(1))
@@ -97,6 +98,62 @@ def test_load_model_split(tmp_path):
         with pytest.raises(InputError, match="device_map"): load_model(folder, device_map=bad)
     for bad in (torch.cuda.device_count(), "gpu"):
         with pytest.raises(InputError, match="device="): load_model(folder, device_map={"": bad})
+
+
+SECOND = torch.device("cpu", 1)
+
+class There(torch.Tensor):
+    "A tensor that says it lies on a second device; no operation may mix it with others."
+    @staticmethod
+    def __new__(cls, x):
+        t = torch.Tensor._make_wrapper_subclass(cls, x.size(), strides=x.stride(), storage_offset=x.storage_offset(), dtype=x.dtype, device=SECOND)
+        t.x = x
+        return t
+    def __repr__(self): return f"There({self.x})"
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None): return run(func, args, kwargs or {})
+
+def run(func, args, kwargs):
+    "One operation, on one device."
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    there, here = [t for t in tensors if isinstance(t, There)], [t for t in tensors if not isinstance(t, There) and t.dim() and t.numel()]
+    moves = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+    if there and here and not moves: raise RuntimeError(f"{func}: tensors on two devices")
+    to = kwargs.get("device")
+    inside = lambda t: t.x if isinstance(t, There) else t
+    out = func(*tree_map(inside, args), **tree_map(inside, kwargs) | ({} if to is None else dict(device="cpu")))
+    if func._schema.is_mutable and tensors and isinstance(out, torch.Tensor): return args[0] if "out" not in kwargs else kwargs["out"]
+    goes = to == SECOND if to is not None else bool(there)
+    return tree_map(lambda t: There(t) if isinstance(t, torch.Tensor) and not isinstance(t, There) else t, out) if goes else out
+
+class TwoDevices(TorchDispatchMode):
+    "Operations that make tensors on the second device, and none that mixes."
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None): return run(func, args, kwargs or {})
+
+def on_two(model):
+    "The upper two layers on the second device; what comes in is moved, as accelerate does."
+    def moved(to): return lambda m, a, k: tree_map(lambda t: t.to(to) if isinstance(t, torch.Tensor) else t, (a, k))
+    for layer in model.model.layers[2:]:
+        for m in layer.modules():
+            for n, p in m._parameters.items():
+                if p is not None: m._parameters[n] = torch.nn.Parameter(There(p.data), requires_grad=False)
+        layer.register_forward_pre_hook(moved(SECOND), with_kwargs=True)
+    model.model.norm.register_forward_pre_hook(moved(torch.device("cpu")), with_kwargs=True)
+    return model
+
+
+def test_no_operation_mixes_two_devices():
+    "Two lower layers here, two upper ones there: tables, masks and layouts of one device are not used on the other, with padding and without."
+    whole, parts = llama(), on_two(llama())
+    ids = torch.randint(3, 97, (2, 70), generator=torch.Generator().manual_seed(1))
+    x, mask = padded(ids)
+    with pytest.raises(RuntimeError, match="two devices"), TwoDevices(): torch.ones(2, device=SECOND) + torch.ones(2)
+    for name in ("dca", "lm_infinite"):
+        plan, both = make_plan(name, 24, 70, strict=False, n_start=4), []
+        with torch.no_grad():
+            with extend(whole, plan): both.append((whole(ids).logits, whole(x, attention_mask=mask).logits))
+            with TwoDevices(), extend(parts, plan): both.append((parts(ids).logits, parts(x, attention_mask=mask).logits))
+        for a, b in zip(*both): assert torch.equal(a, b), name
 
 
 def worker(folder):

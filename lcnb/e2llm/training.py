@@ -209,7 +209,7 @@ def train_tiny(seed:int=0,      # of everything
     ml = E2LLM(encoder, lm, adapter, prompts=TINY_PROMPTS, seed=seed, **TINY | options)
     spread = ml.decoder.get_input_embeddings().weight.std().item()
     pool = Pool(ml, first["steps"]*first["batch"], stage_lengths(first["steps"], first["batch"], seed), seed)
-    ml.adapter.fit(pool.vectors, spread)
+    ml.adapter.fit(pool.vectors.to(ml.adapter.mean.device), spread)
     held = {n: quiz_records(32, n) for n in (12, 96)}
     def evaluate(stage):
         def run(ml):
