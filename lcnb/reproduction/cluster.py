@@ -87,7 +87,7 @@ def mirror(some:list,        # `Job`s
             stamp.touch()
             os.utime(stamp, ns=(_record(j.out).stat().st_mtime_ns,)*2)
 
-# %% ../../nbs/7_reproduction/cluster.ipynb #4f0c2ac0
+# %% ../../nbs/7_reproduction/cluster.ipynb #8d9ef838
 CONFIG = dict(profile="tiny", only="*", out=None, notebook=True, force=False)
 Workflow = namedtuple("Workflow", "folder jobs last")
 Workflow.__doc__ = "What the Snakefile needs: where it works, its `Job`s by id, and the files at which all is done."
@@ -114,7 +114,7 @@ def workflow(config:dict,    # what `--config` said
     with contextlib.chdir(home()): # where the jobs run, so that a relative path means one thing
         some = jobs(s["profile"], s["only"], s["out"], notebook=s["notebook"], force=s["force"])
         if main: mirror(some, s["profile"], folder/"done", s["force"])
-    last = [f"done/{j.id}" for j in some] + ([] if s["out"] else [str(home()/"figures"/"report.html")]) # each stamp too: a report of an earlier day would hide that one is missing
+    last = [f"done/{j.id}" for j in some] + ([] if s["out"] else [str(home()/"figures"/"report.html")]) # a page of yesterday would hide that stamps are missing
     return Workflow(folder, {j.id: j for j in some}, last)
 
 # %% ../../nbs/7_reproduction/cluster.ipynb #b0886ce6
