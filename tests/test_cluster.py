@@ -72,7 +72,7 @@ def test_a_dry_run_lists_the_profile(tmp_path):
     assert not list(tmp_path.glob("the state/cluster/*/done/*/*")), "a dry run makes no stamp"
 
 
-def test_an_old_report_hides_nothing():
+def test_every_artifact_is_a_target():
     last = cluster.workflow(dict(only="dca/fig1_fig2_fig8,lm_infinite/fig2"), main=False).last
     assert last[:2] == ["done/dca/fig1_fig2_fig8", "done/lm_infinite/fig2"] and last[2].endswith("report.html")
 
