@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, pad, scaled_dot_product_attention
 from .chunker import chunk_text, chunk_texts
 from .model import _ids
 from .training import CHANCE, LINE, RECIPE, eval_quiz, quiz_fact, quiz_line, quiz_record, quiz_records
-from ..foundations.checks import InputError, positive_int, require
+from ..foundations.checks import InputError, command_line, positive_int, require
 from ..laboratory.finetune import finetune, trained_parameters
 from ..laboratory.grammar import FACTS, LEXICON, QUESTIONS
 from ..laboratory.lora import add_lora, save_lora
@@ -438,6 +438,7 @@ def plot_learning(logs:dict,  # name -> rows of `train_decoder`
     return axes
 
 # %% ../../nbs/6_e2llm/baselines.ipynb #7e9b706b
+@command_line
 def main(args=None, # command line, without the program's name
         )->int:     # exit code: 2 for bad input
     "Train the readers again."
@@ -447,16 +448,12 @@ def main(args=None, # command line, without the program's name
     p.add_argument("--steps", type=int, help="of the optimiser (default: as in RECIPES)")
     p.add_argument("--out", help="folder that gets a folder for each (default build/tiny-e2llm-baselines-seed<N>)")
     a = p.parse_args(args)
-    try:
-        seed = positive_int("seed", a.seed, 0)
-        for name in a.name:
-            require(name in RECIPES, "name", name, f"one of {', '.join(RECIPES)}")
-            out = Path(a.out or f"build/tiny-e2llm-baselines-seed{seed}")/name
-            train_decoder(name, seed, out, lambda row: print(name, *(f"{k} {v:.5g}" for k, v in row.items()), flush=True), **({} if a.steps is None else dict(steps=positive_int("steps", a.steps))))
-            print(out)
-    except InputError as e:
-        print(e, file=sys.stderr)
-        return 2
+    seed = positive_int("seed", a.seed, 0)
+    for name in a.name:
+        require(name in RECIPES, "name", name, f"one of {', '.join(RECIPES)}")
+        out = Path(a.out or f"build/tiny-e2llm-baselines-seed{seed}")/name
+        train_decoder(name, seed, out, lambda row: print(name, *(f"{k} {v:.5g}" for k, v in row.items()), flush=True), **({} if a.steps is None else dict(steps=positive_int("steps", a.steps))))
+        print(out)
     return 0
 
 # %% ../../nbs/6_e2llm/baselines.ipynb #64aa3d43

@@ -22,7 +22,7 @@ from .chunker import chunk_texts
 from .metrics import score_rows
 from .model import Adapter, Context, E2LLM, Row, TINY_PROMPTS, _write, lora_count, paper_shapes, trained_sizes, weighted_nll
 from .training import HIDDEN, LINE, Pool, RECIPE, SECOND, TINY, fitted, quiz_line, quiz_record, quiz_records, train_e2llm
-from ..foundations.checks import InputError, positive_int, require
+from ..foundations.checks import InputError, command_line, positive_int, require
 from ..laboratory.corpora import encode, load_corpus, token_windows
 from ..laboratory.cost import peak_bytes
 from ..laboratory.grammar import FACTS
@@ -507,6 +507,7 @@ def make_runs(runs:list,        # names
         if report: report(f"{run}, seed {seed}, {time.process_time() - began:.0f} s: " + ", ".join(f"{r['dataset']} {r['metric']} {r['value']:.3f}" for r in rows if r["metric"] in ("f1", "restated")))
     return made
 
+@command_line
 def main(args=None, # command line, without the program's name
         )->int:     # exit code: 2 for bad input
     "Train the ablations and sweeps of the tiny E2LLM."
@@ -518,10 +519,7 @@ def main(args=None, # command line, without the program's name
     p.add_argument("--batch", type=int, default=32, help="contexts of a step of the first (default 32)")
     p.add_argument("--out", help="folder of the scores (default data/models/tiny-e2llm-studies)")
     a = p.parse_args(args)
-    try: print(make_runs(a.runs, a.seeds, a.steps, a.second, a.batch, a.out, lambda said: print(said, flush=True)), "runs made")
-    except InputError as e:
-        print(e, file=sys.stderr)
-        return 2
+    print(make_runs(a.runs, a.seeds, a.steps, a.second, a.batch, a.out, lambda said: print(said, flush=True)), "runs made")
     return 0
 
 # %% ../../nbs/6_e2llm/studies.ipynb #6e550052

@@ -16,7 +16,7 @@ import torch
 from .chunker import chunk_text, chunk_texts, restate_windows
 from .data import LOADERS, first_answer, load_records
 from .model import Adapter, Context, E2LLM, Row, Scored, TINY_PROMPTS, _write, weighted_nll
-from ..foundations.checks import InputError, positive_int, require
+from ..foundations.checks import InputError, command_line, positive_int, require
 from ..laboratory.finetune import finetune, gathered, is_main, n_processes, share, trained_parameters
 from ..laboratory.grammar import FACTS, LEXICON, MOODS, NAMES, OBJECTS, QUESTIONS, SPOTS, TIMES, VERBS, adjectives_of, objects_of
 from ..laboratory.metrics import accuracy
@@ -282,6 +282,7 @@ def _on_sets(a):
     train_sets(a.data, a.out, a.encoder, a.decoder, a.n_train, a.dtype, _say, a.seed, hidden=a.hidden, model=dict(chunk_size=positive_int("chunk_size", a.chunk_size), checkpointing=torch.cuda.is_available()),
                save_every=a.save_every, resume=a.resume or None, bf16=a.dtype == "bfloat16" and torch.cuda.is_available(), **given)
 
+@command_line
 def main(args=None, # command line, without the program's name
         )->int:     # exit code: 2 for bad input
     "Train the tiny E2LLM again, or another one on other sets."
@@ -302,14 +303,10 @@ def main(args=None, # command line, without the program's name
     g.add_argument("--save-every", type=int, default=100, help="steps between two checkpoints (default 100)")
     g.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     a = p.parse_args(args)
-    try:
-        a.out = a.out or ("build/e2llm" if a.data else f"build/tiny-e2llm-seed{positive_int('seed', a.seed, 0)}")
-        if a.data: _on_sets(a)
-        else: train_tiny(a.seed, a.out, _say, dict(steps=positive_int("steps", RECIPE["steps"] if a.steps is None else a.steps)), dict(steps=positive_int("second", a.second, 0)))
-        if is_main(): print(a.out)
-    except InputError as e:
-        print(e, file=sys.stderr)
-        return 2
+    a.out = a.out or ("build/e2llm" if a.data else f"build/tiny-e2llm-seed{positive_int('seed', a.seed, 0)}")
+    if a.data: _on_sets(a)
+    else: train_tiny(a.seed, a.out, _say, dict(steps=positive_int("steps", RECIPE["steps"] if a.steps is None else a.steps)), dict(steps=positive_int("second", a.second, 0)))
+    if is_main(): print(a.out)
     return 0
 
 # %% ../../nbs/6_e2llm/training.ipynb #fa0e987a

@@ -15,7 +15,7 @@ from .baselines import baseline
 from .model import E2LLM, load_e2llm
 from .studies import answer_rows, lines_of, margin_rows, study_records
 from .training import CHANCE
-from ..foundations.checks import InputError, positive_int, require
+from ..foundations.checks import InputError, command_line, positive_int, require
 from ..laboratory.models import data_dir
 from ..laboratory.tiny_lm import write_csv
 
@@ -60,7 +60,7 @@ def measured_file()->Path:
 
 def seed_rows(folders:list,   # of trainings, in the order of their seeds
               lengths=(1024, 2560, 3584), # tokens of a context
-              n:int=64,       # records of each length
+              n:int=48,       # records of each length
              )->list:         # rows: method, dataset, length, metric, value, n, seed (of the training)
     "Scores of several trainings and of the decoder cut to its window, on the same records."
     rows, reader = [], baseline("truncated")
@@ -105,18 +105,16 @@ def plot_windows(rows:list,     # of `window_rows`
     return fig
 
 # %% ../../nbs/6_e2llm/windows.ipynb #7e2b0019
+@command_line
 def main(args=None, # command line, without the program's name
         )->int:     # exit code: 2 for bad input
     "Score trainings of the tiny E2LLM and keep the scores."
     p = argparse.ArgumentParser(prog="python -m lcnb.e2llm.windows", description="Score trainings of the tiny E2LLM, one folder a seed, on the same records.")
     p.add_argument("folders", nargs="+", help="tiny = the shipped one, which is seed 0; then those of seeds 1, 2 ...")
-    p.add_argument("--n", type=int, default=64, help="records of each length (default 64)")
+    p.add_argument("--n", type=int, default=48, help="records of each length (default 48)")
     p.add_argument("--out", help="file (default data/models/tiny-e2llm/measured.csv)")
     a = p.parse_args(args)
-    try: rows = seed_rows(a.folders, n=positive_int("n", a.n))
-    except InputError as e:
-        print(e, file=sys.stderr)
-        return 2
+    rows = seed_rows(a.folders, n=positive_int("n", a.n))
     write_csv(a.out or measured_file(), rows)
     for r in margin_rows(rows): print(f"{r['length']}: {r['value']:.2f} standard errors over {r['n']} trainings")
     return 0

@@ -11,7 +11,7 @@ __all__ = ['CONTEXT', 'CURRICULUM', 'new_model', 'Sequences', 'body', 'with_pass
 import argparse, contextlib, csv, itertools, random, shutil, sys, tempfile, time
 from pathlib import Path
 import torch
-from ..foundations.checks import InputError, positive_int, require
+from ..foundations.checks import command_line, positive_int, require
 from .grammar import (CASTS, PASSKEY_FILLER, PASSKEY_INTRO, PASSKEY_QUESTION, PASSKEY_STATEMENT,
                                      World, build_tokenizer, sentences)
 
@@ -202,7 +202,6 @@ def save(model,    # `LlamaForCausalLM`
         (new/"model.safetensors").chmod(0o644)
         write_csv(new/"training_log.csv", log)
 
-
 # %% ../../nbs/2_laboratory/tiny_lm.ipynb #1fce9efe
 def phase(done:float,  # share of the training that is behind, 0 to 1
           context:int, # longest sequence
@@ -255,6 +254,7 @@ def train(seed:int=0,            # of weights and text
     return model.eval(), log
 
 # %% ../../nbs/2_laboratory/tiny_lm.ipynb #9d93aea9
+@command_line
 def main(args=None, # command line, without the program's name
         )->int:     # exit code: 2 for bad input
     "Train from the command line."
@@ -265,13 +265,9 @@ def main(args=None, # command line, without the program's name
     p.add_argument("--threads", type=int, default=1, help="the committed model was trained on one (default 1)")
     a = p.parse_args(args)
     out = a.out or f"build/tiny-llama-seed{a.seed}"
-    try:
-        torch.set_num_threads(positive_int("threads", a.threads))
-        require(not Path(out).exists() or Path(out).is_dir(), "out", out, "a folder, or a path where nothing is yet")
-        train(a.seed, int(a.tokens*1e6), out, report=lambda model, row: print(*(f"{k} {v:.4g}" for k, v in row.items()), flush=True))
-    except InputError as e:
-        print(e, file=sys.stderr)
-        return 2
+    torch.set_num_threads(positive_int("threads", a.threads))
+    require(not Path(out).exists() or Path(out).is_dir(), "out", out, "a folder, or a path where nothing is yet")
+    train(a.seed, int(a.tokens*1e6), out, report=lambda model, row: print(*(f"{k} {v:.4g}" for k, v in row.items()), flush=True))
     print(out)
     return 0
 

@@ -14,7 +14,7 @@ import argparse, csv, json, random, re, sys, time
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from ..foundations.checks import InputError, positive_int, require
+from ..foundations.checks import InputError, command_line, positive_int, require
 from ..laboratory.grammar import BOS, CASTS, EOS, LEXICON, PASSKEY_FILLER, SPOTS, VERBS, World, build_tokenizer, sentences
 from ..laboratory.tiny_lm import whole_folder, write_csv
 from .benchmark import markdown
@@ -496,6 +496,7 @@ def card(folder)->list: # the two files
     return [Path(folder)/"measured.csv", write_card(folder)]
 
 # %% ../../nbs/4_longembed/tiny_encoder.ipynb #13f739ba
+@command_line
 def main(args=None, # command line, without the program's name
         )->int:     # exit code: 2 for bad input
     "Train from the command line, or write the cards."
@@ -508,15 +509,11 @@ def main(args=None, # command line, without the program's name
     p.add_argument("--card", metavar="FOLDER", help="train nothing: measure a model folder beyond its window and write its measured.csv and README.md")
     a = p.parse_args(args)
     out = a.card or a.out or f"build/tiny-encoder-{a.kind}-seed{a.seed}"
-    try:
-        if a.card: return print(*card(a.card), sep="\n") or 0
-        require(a.kind in KINDS, "kind", a.kind, " or ".join(KINDS))
-        require(not Path(out).exists() or Path(out).is_dir(), "out", out, "a folder, or a path where nothing is yet")
-        torch.set_num_threads(positive_int("threads", a.threads))
-        train(a.kind, a.seed, int(a.tokens*1e6), out, report=lambda row: print(*(f"{k} {v:.4g}" for k, v in row.items()), flush=True))
-    except InputError as e:
-        print(e, file=sys.stderr)
-        return 2
+    if a.card: return print(*card(a.card), sep="\n") or 0
+    require(a.kind in KINDS, "kind", a.kind, " or ".join(KINDS))
+    require(not Path(out).exists() or Path(out).is_dir(), "out", out, "a folder, or a path where nothing is yet")
+    torch.set_num_threads(positive_int("threads", a.threads))
+    train(a.kind, a.seed, int(a.tokens*1e6), out, report=lambda row: print(*(f"{k} {v:.4g}" for k, v in row.items()), flush=True))
     print(out)
     return 0
 

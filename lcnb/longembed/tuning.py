@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from ..foundations.checks import InputError, positive_int, require
+from ..foundations.checks import InputError, command_line, positive_int, require
 from ..laboratory.models import data_dir
 from .encoders import Encoder, _table, extend_encoder, kind, load_encoder
 from .positions import frozen_rows, padding_offset
@@ -239,6 +239,7 @@ def store(method:str,       # pi or rp
     part.chmod(0o644)
     return part.replace(out)
 
+@command_line
 def main(args=None, # command line, without the program's name
         )->int:     # exit code: 2 for bad input
     "Make the stored rows again."
@@ -247,14 +248,10 @@ def main(args=None, # command line, without the program's name
     p.add_argument("--factor", nargs="+", type=int, help="target length over trained length (default 2 4 8 for pi, 8 for rp)")
     p.add_argument("--out", help="folder (default data/models)")
     a = p.parse_args(args)
-    try:
-        for m in a.method:
-            file = stored_file(m)
-            require(not a.out or Path(a.out).is_dir(), "out", a.out, "a folder")
-            print(store(m, tuple(a.factor or STORED[m]), Path(a.out)/file.name if a.out else file, lambda line: print(line, flush=True)))
-    except InputError as e:
-        print(e, file=sys.stderr)
-        return 2
+    for m in a.method:
+        file = stored_file(m)
+        require(not a.out or Path(a.out).is_dir(), "out", a.out, "a folder")
+        print(store(m, tuple(a.factor or STORED[m]), Path(a.out)/file.name if a.out else file, lambda line: print(line, flush=True)))
     return 0
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

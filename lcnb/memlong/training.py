@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..foundations.checks import InputError, positive_int, require
+from ..foundations.checks import InputError, command_line, positive_int, require
 from ..laboratory.finetune import finetune, is_main, n_processes, over_processes, share, trained_parameters
 from ..laboratory.grammar import document
 from ..laboratory.lora import add_lora, n_trainable, save_lora
@@ -219,6 +219,7 @@ def read_log(folder)->list: # rows as dicts, numbers read
     with open(path, newline="", encoding="utf8") as f: return [{k: float(v) if v else None for k, v in r.items()} for r in csv.DictReader(f)]
 
 # %% ../../nbs/5_memlong/training.ipynb #c873f98b
+@command_line
 def main(args=None, # command line, without the program's name
         )->int:     # exit code: 2 for bad input
     "Train the tiny MemLongs again."
@@ -228,15 +229,11 @@ def main(args=None, # command line, without the program's name
     p.add_argument("--steps", type=int, default=RECIPE["steps"], help=f"of the optimiser (default {RECIPE['steps']})")
     p.add_argument("--out", help="folder that gets a folder for each choice (default build/tiny-memlong-seed<N>)")
     a = p.parse_args(args)
-    try:
-        for choice in a.choice:
-            require(choice in LAYER_CHOICES, "choice", choice, f"one of {', '.join(LAYER_CHOICES)}")
-            out = Path(a.out or f"build/tiny-memlong-seed{positive_int('seed', a.seed, 0)}")/choice
-            train_tiny(choice, a.seed, out, lambda row: print(choice, *(f"{k} {v:.4g}" for k, v in row.items()), flush=True), steps=positive_int("steps", a.steps))
-            if is_main(): print(out)
-    except InputError as e:
-        print(e, file=sys.stderr)
-        return 2
+    for choice in a.choice:
+        require(choice in LAYER_CHOICES, "choice", choice, f"one of {', '.join(LAYER_CHOICES)}")
+        out = Path(a.out or f"build/tiny-memlong-seed{positive_int('seed', a.seed, 0)}")/choice
+        train_tiny(choice, a.seed, out, lambda row: print(choice, *(f"{k} {v:.4g}" for k, v in row.items()), flush=True), steps=positive_int("steps", a.steps))
+        if is_main(): print(out)
     return 0
 
 # %% ../../nbs/5_memlong/training.ipynb #64aa3d43
