@@ -6,8 +6,8 @@
 __all__ = ['KINDS', 'FIRST', 'SCHEMAS', 'CHOICES', 'TEMPLATES', 'TRUNCATE', 'METRICS', 'Question', 'told_story',
            'grammar_questions', 'split_input', 'same_length', 'python_pairs', 'schema_of', 'read_rows',
            'read_questions', 'load_questions', 'Examples', 'Template', 'fit_document', 'build_prompt', 'cut_answer',
-           'normalise', 'token_f1', 'option_letters', 'judgement', 'score_answers', 'answer_questions', 'eval_fewshot',
-           'average_rows', 'score_table', 'aligned', 'own_questions', 'answer_table']
+           'normalise', 'token_f1', 'option_letters', 'judgement', 'score_answers', 'guessing', 'answer_questions',
+           'eval_fewshot', 'average_rows', 'score_table', 'aligned', 'own_questions', 'answer_table']
 
 # %% ../../nbs/2_laboratory/fewshot.ipynb #fs000004
 import ast, math, random, re, string
@@ -358,6 +358,18 @@ def score_answers(answers:list,    # of strings
     require(len(answers) == len(references) > 0, "answers", len(answers), f"one for each of the {len(references)} questions, of which there is at least one")
     if metric == "rouge_g": return _rouge(answers, references)
     return {metric: 100*sum(max(float(_BY_PAIR[metric](a, r)) for r in refs) for a, refs in zip(answers, references))/len(answers)}
+
+# %% ../../nbs/2_laboratory/fewshot.ipynb #fs0000a2
+def guessing(questions:list, # of `Question`, with references
+             metric:str,     # as for `score_answers`
+            )->float:        # percent
+    "What answers get that were written without reading the documents."
+    if metric == "judge": return 50.
+    if metric != "choice":
+        often = Counter(r for q in questions for r in q.references).most_common(1)[0][0]
+        return score_answers([often]*len(questions), [q.references for q in questions], metric)[metric]
+    options = lambda q: max(1, len(set(re.findall(r"(?<![A-Za-z])\(?([A-D])[.)]", q.question))))
+    return 100*sum(any(len(option_letters(r)) == 1 for r in q.references)/options(q) for q in questions)/len(questions)
 
 # %% ../../nbs/2_laboratory/fewshot.ipynb #fs000043
 def answer_questions(model,                  # a causal language model, extended or not
