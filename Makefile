@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+GPU_PYTHON ?= python3
 ARGS   ?=
 JOBS   ?= 2
 export OMP_NUM_THREADS ?= 1
@@ -29,8 +30,8 @@ real: $(STAMP)        ## the experiments on real checkpoints and texts: LCNB_ASS
 	$(BIN)/lcnb reproduce --profile assets --jobs $(JOBS) $(ARGS)
 	$(BIN)/lcnb report --profile assets
 
-gpu: $(STAMP)         ## the profile gpu and the benches on this machine's GPU; says what it left out, and why
-	$(BIN)/lcnb gpu $(ARGS)
+gpu:             ## the profile gpu and the benches, by the Python that is active (GPU_PYTHON=...): it has the torch for this GPU; ARGS="--only efficiency" needs no hub
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m lcnb.reproduction.gpu $(ARGS)
 
 cluster: $(STAMP)     ## a profile as Snakemake jobs (ARGS="--config profile=gpu"; on SLURM: --workflow-profile slurm)
 	$(BIN)/snakemake -s data/cluster/Snakefile --workflow-profile local -c $(JOBS) $(ARGS)
