@@ -91,9 +91,11 @@ def plot_windows(rows:list,     # of `window_rows`
     score = [r for r in rows if r["metric"] == metric]
     inside = sorted((r["length"]/window, r["value"]) for r in score if r["method"] == "e2llm")
     ax.plot(*zip(*inside), color="#0072B2", marker="o", markersize=5, linewidth=1.8, label="E2LLM")
-    for i, m in enumerate(dict.fromkeys(r["method"] for r in score if r["method"] != "e2llm")):
+    beyond = list(dict.fromkeys(r["method"] for r in score if r["method"] != "e2llm"))
+    for i, m in enumerate(beyond):
         line = inside[-1:] + sorted((r["length"]/window, r["value"]) for r in score if r["method"] == m)
-        ax.plot(*zip(*line), color=SPARE[i], marker="os^dvP"[i % 6], markersize=4, linewidth=1.4, linestyle="--", label=f"its decoder: {LABELS.get(m.split('+')[1], m.split('+')[1])}")
+        wide = len(beyond) - i                                     # lines that lie on each other are seen one inside the other
+        ax.plot(*zip(*line), color=SPARE[i], marker="os^dvP"[i % 6], markersize=3 + 1.1*wide, linewidth=.8 + .5*wide, linestyle="-", alpha=.9, label=f"its decoder: {LABELS.get(m.split('+')[1], m.split('+')[1])}")
     for m, color, words in (("e2llm", "#0072B2", "E2LLM, each training"), ("truncated", "#999999", "decoder cut to its window")):
         points = [(r["length"]/window, r["value"]) for r in seeds if r["method"] == m and r["metric"] == metric]
         if points: ax.plot(*zip(*points), color=color, marker="_", markersize=9, linewidth=0, label=words)
