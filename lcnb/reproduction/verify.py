@@ -25,7 +25,7 @@ METRICS = { # kind -> patterns of metric names
     "counted": """mismatches cells largest_position locality_errors excess_over_trained frozen_per_trained factor_error group_error lambda_minus_factor largest_change_at_start
                   n_queries n_docs n_records n_contexts avg_doc_words avg_query_words relevant_per_query words words_over_budget mean_tokens max_tokens mean_sample_tokens mean_answer_tokens
                   mean_chunks tokens_per_chunk characters_per_token flops kv_bytes kv_ratio kept_bytes bytes_per_token layers_kept trainable_millions
-                  recomputed_minus_printed shown_by_the_data *_parameters memory_layer retrieval_layers first_retrieval_layer trained_layers first_trained_layer""",
+                  recomputed_minus_printed shown_by_the_data as_printed within_rounding not_following *_parameters memory_layer retrieval_layers first_retrieval_layer trained_layers first_trained_layer""",
     "computed": """nll ppl loss recall_nll window_ppl final_ppl final_recall_nll mean_loss entropy entropy_slope ln_visible max_logit pc1 pc2 explained1 explained2 separation separation_at""",
     "scored": """accuracy recall_accuracy acc_at_1 ndcg_at_10 em f1 precision recall rouge1 rouge2 rougeL rouge_l rouge_g gmean bleu copied restated hit_rate beyond_range separability""",
     "derived": """average best_average gain gap short_change margin_in_se carry_effect fall_over_sizes last_step_share largest_fall_at recall_fall_over_sizes
