@@ -23,12 +23,6 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2} # of a number
 READERS = {"corpora": True, "questions": True, "retrieval": False, "records": False, "classes": False} # who reads a data set -> does it stream, keeping nothing
 _NEEDED = dict(models=("revision", "gated", "licence", "stored", "config", "source"), datasets=("revision", "gated", "licence", "reader", "bytes", "columns", "source"))
 
-@functools.lru_cache(4)
-def _read(path, changed): # `changed`: its time of change, so that an edit is seen
-    import yaml
-    try: return yaml.load(Path(path).read_text(encoding="utf8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as e: raise InputError(f"hub.yaml: is not YAML ({' '.join(str(e).split())[:160]})") from None
-
 def hub_path()->Path: # may not exist
     "Where the facts about the hub are kept."
     return registry.home()/"data"/"hub.yaml"
@@ -36,12 +30,13 @@ def hub_path()->Path: # may not exist
 def hub()->dict: # `models`, `shapes`, `datasets`, `aliases`, `files`, `packages`
     "The facts, checked."
     if not hub_path().is_file(): raise InputError(f"{hub_path()}: no such file, and the sizes of models and data sets stand in it")
-    found = _checked(str(hub_path()), hub_path().stat().st_mtime_ns)
-    return found
+    return _checked(hub_path())
 
-@functools.lru_cache(4)
-def _checked(path, changed):
-    found = _read(path, changed)
+@registry._remembered
+def _checked(path):
+    import yaml
+    try: found = registry._yaml(path)
+    except yaml.YAMLError as e: raise InputError(f"hub.yaml: is not YAML ({' '.join(str(e).split())[:160]})") from None
     if not isinstance(found, dict): raise InputError("hub.yaml: must be a mapping with models and datasets")
     for part, needed in _NEEDED.items():
         for name, entry in (found.get(part) or {}).items(): _check_entry(f"hub.yaml: {part}: {name}", entry, needed, part)
