@@ -8,8 +8,8 @@ __all__ = ['PARTS', 'ENCODER_SHAPES', 'METHOD_STYLES', 'RETELL', 'SETTINGS', 'AB
            'length_texts', 'eval_answers', 'method_style', 'plot_answers', 'lines_of', 'quiz_summary', 'study_records',
            'kind_of', 'written', 'answer_rows', 'mean_se', 'margin_rows', 'restated', 'restated_rows', 'size_rows',
            'score_table', 'change_of', 'run_name', 'study_runs', 'grown', 'study_pool', 'train_run', 'run_rows',
-           'studies_dir', 'read_runs', 'add_rows', 'make_runs', 'main', 'ablation_rows', 'sweep_rows', 'plot_sweeps',
-           'train_on']
+           'studies_dir', 'read_scores', 'read_runs', 'add_rows', 'make_runs', 'main', 'ablation_rows', 'sweep_rows',
+           'plot_sweeps', 'train_on']
 
 # %% ../../nbs/6_e2llm/studies.ipynb #6e550003
 import argparse, contextlib, csv, itertools, math, os, random, statistics, sys, tempfile, time
@@ -464,13 +464,15 @@ def studies_dir()->Path:
     "Where the scores of the runs are kept."
     return data_dir()/"models"/"tiny-e2llm-studies"
 
+def read_scores(path, # a file of rows that `write_csv` wrote
+               )->list: # of rows; numbers are numbers
+    "Scores of trainings, as they were kept."
+    with open(path, newline="") as f: return [r | dict(value=float(r["value"])) | {k: int(r[k]) for k in ("length", "n", "seed", "steps", "second", "batch") if k in r} for r in csv.DictReader(f)]
+
 def read_runs(folder=None, # None = `studies_dir`
              )->list:      # rows of all files
     "Scores of the runs that were made."
-    rows = []
-    for path in sorted(Path(folder or studies_dir()).expanduser().glob("*.csv")):
-        with open(path, newline="") as f: rows += [r | dict(value=float(r["value"])) | {k: int(r[k]) for k in ("length", "n", "seed", "steps", "second", "batch")} for r in csv.DictReader(f)]
-    return rows
+    return [r for path in sorted(Path(folder or studies_dir()).expanduser().glob("*.csv")) for r in read_scores(path)]
 
 def add_rows(path, rows:list)->None: # a file of `read_runs`, and what is to stand in it too
     "Append to a file, whole or not at all."
