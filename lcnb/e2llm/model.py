@@ -171,7 +171,14 @@ def _soft(self,
     weight = next(self.adapter.parameters())
     return list(self.adapter(torch.cat(vectors).to(weight)).split([len(c) for c in cut]))
 
-E2LLM.chunks, E2LLM.vectors, E2LLM.read, E2LLM.soft = _chunks, _vectors, _read, _soft
+def _fit(self,
+         vectors:Tensor, # `(n,d_e)` of some chunks
+        )->"E2LLM":      # changed in place
+    "Let the adapter begin where these vectors and the decoder's words are, see `Adapter.fit`."
+    self.adapter.fit(vectors.to(next(self.adapter.parameters())), self.decoder.get_input_embeddings().weight.std().item())
+    return self
+
+E2LLM.chunks, E2LLM.vectors, E2LLM.read, E2LLM.soft, E2LLM.fit = _chunks, _vectors, _read, _soft, _fit
 
 # %% ../../nbs/6_e2llm/model.ipynb #ad122441
 Assembled = namedtuple("Assembled", "embeds mask position_ids labels weights")

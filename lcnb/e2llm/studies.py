@@ -435,7 +435,7 @@ def train_run(run:str,          # see `change_of`
         step = i//batch
         return random.Random(f"lines {seed} {step}").choice([c for share, c in STAGES if share <= step/steps][-1])
     pool = study_pool(ml, steps*batch, lines, seed, sizes, kept)
-    ml.adapter.fit(pool.vectors, ml.decoder.get_input_embeddings().weight.std().item())
+    ml.fit(pool.vectors)
     first, then = (r | dict(understanding=s["understanding"]) for r in (RECIPE | dict(steps=steps, batch=batch, lr=lr), SECOND | dict(steps=second)))
     with tempfile.TemporaryDirectory() as tmp:
         train_e2llm(ml, pool, f"{tmp}/1", seed=seed, shuffle=False, every=steps, warmup=min(40, steps), **first)

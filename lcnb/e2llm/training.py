@@ -207,9 +207,8 @@ def train_tiny(seed:int=0,      # of everything
     encoder, lm, log = load_encoder(options.pop("encoder", "tiny-rope")), load_model("tiny"), []
     adapter = Adapter(encoder.dim, lm.model.config.hidden_size, options.pop("layers", 2), HIDDEN, seed)
     ml = E2LLM(encoder, lm, adapter, prompts=TINY_PROMPTS, seed=seed, **TINY | options)
-    spread = ml.decoder.get_input_embeddings().weight.std().item()
     pool = Pool(ml, first["steps"]*first["batch"], stage_lengths(first["steps"], first["batch"], seed), seed)
-    ml.adapter.fit(pool.vectors.to(ml.adapter.mean.device), spread)
+    ml.fit(pool.vectors)
     held = {n: quiz_records(32, n) for n in (12, 96)}
     def evaluate(stage):
         def run(ml):
@@ -239,8 +238,7 @@ def fitted(encoder,         # an `Encoder`
     adapter = Adapter(encoder.dim, lm.model.config.get_text_config().hidden_size, layers, hidden, seed).to(lm.model.device)
     ml = E2LLM(encoder, lm, adapter, seed=seed, **options)
     with torch.no_grad(): some = ml.vectors([t for r in records[:8] for c in [ml.chunks(r["context"])] for t in chunk_texts(c.text, c.spans)][:64])
-    adapter.fit(some.to(next(adapter.parameters())), ml.decoder.get_input_embeddings().weight.std().item())
-    return ml
+    return ml.fit(some)
 
 FULL = dict(steps=1000, batch=16, lr=1e-4, understanding=.5, m=4) # of a training on sets; none of them is stated in the paper
 
