@@ -7,7 +7,7 @@ __all__ = ['Recipe', 'RECIPES', 'RANK', 'Baseline', 'BASELINES', 'last_tokens', 
            'Guess', 'baseline', 'baseline_rows', 'training_log', 'plot_learning', 'main']
 
 # %% ../../nbs/6_e2llm/baselines.ipynb #ad977d65
-import argparse, contextlib, csv, itertools, json, random, sys, tempfile, time
+import argparse, contextlib, itertools, json, random, sys, tempfile, time
 from collections import namedtuple
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from .chunker import chunk_text, chunk_texts
 from .model import _ids
 from .training import CHANCE, LINE, RECIPE, eval_quiz, quiz_fact, quiz_line, quiz_record, quiz_records
 from ..foundations.checks import InputError, command_line, positive_int, require
+from ..foundations.files import read_csv, whole_folder, write_csv
 from ..laboratory.finetune import finetune, trained_parameters
 from ..laboratory.grammar import FACTS, LEXICON, QUESTIONS
 from ..laboratory.lora import add_lora, save_lora
 from ..laboratory.models import Loaded, data_dir, load_model
-from ..laboratory.tiny_lm import whole_folder, write_csv
 from ..longembed.encoders import Encoder, _quiet, load_encoder
-from ..methods import METHODS, extend, make_plan
+from ..methods import extend, make_plan
 from ..methods.wrap import wrapped_attention
 
 # %% ../../nbs/6_e2llm/baselines.ipynb #56dae5ab
@@ -422,7 +422,7 @@ def baseline_rows()->list: # rows: method, kind, trained, run, words
 def training_log(name:str="text")->list: # of RECIPES; rows with numbers
     "The log of a kept reader."
     require(name in RECIPES, "name", name, f"one of {', '.join(RECIPES)}")
-    with open(adapters_dir()/name/"training_log.csv", newline="") as f: return [{k: float(v) for k, v in r.items()} for r in csv.DictReader(f)]
+    return [{k: float(v) for k, v in r.items()} for r in read_csv(adapters_dir()/name/"training_log.csv")]
 
 def plot_learning(logs:dict,  # name -> rows of `train_decoder`
                   axes=None,  # a matplotlib axes for each; None makes them

@@ -8,11 +8,11 @@ __all__ = ['FIELDS', 'REPORT', 'LAYOUTS', 'SPLITS', 'OFFICIAL', 'HUB', 'LOADERS'
            'statistics', 'tokenizer_and_window', 'statistics_table']
 
 # %% ../../nbs/6_e2llm/data.ipynb #7141069f
-import ast, json, random, re
+import json, random, re
 from pathlib import Path
 
 from ..foundations.checks import InputError, positive_int, require
-from ..laboratory.corpora import _text, check_row, encode, find_files, loading, misfit, table_rows
+from ..laboratory.corpora import _text, check_row, encode, find_files, loading, table_rows
 from ..laboratory.fewshot import python_pairs, same_length
 from .chunker import chunk_text
 

@@ -9,7 +9,7 @@ __all__ = ['PROMPTS', 'TINY_PROMPTS', 'Row', 'Assembled', 'Scored', 'SETTINGS', 
 # %% ../../nbs/6_e2llm/model.ipynb #3f7c7e65
 import contextlib, json
 from collections import namedtuple
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,9 +18,9 @@ from torch.nn.functional import cross_entropy
 
 from .chunker import chunk_text, chunk_texts
 from ..foundations.checks import InputError, positive_int, require
+from ..foundations.files import whole_folder
 from ..laboratory.lora import add_lora, attention_maps, n_trainable, save_lora
 from ..laboratory.models import Loaded, load_model
-from ..laboratory.tiny_lm import whole_folder
 from ..longembed.encoders import load_encoder
 from ..methods import extend, make_plan
 

@@ -12,23 +12,22 @@ __all__ = ['PARTS', 'ENCODER_SHAPES', 'METHOD_STYLES', 'RETELL', 'SETTINGS', 'AB
            'plot_sweeps', 'train_on']
 
 # %% ../../nbs/6_e2llm/studies.ipynb #6e550003
-import argparse, contextlib, csv, itertools, math, os, random, statistics, sys, tempfile, time
+import argparse, contextlib, itertools, math, random, statistics, sys, tempfile, time
 from pathlib import Path
 
 import torch
 
 from .baselines import TextReader, windows_of
-from .chunker import chunk_texts
 from .metrics import score_rows
 from .model import Adapter, Context, E2LLM, Row, TINY_PROMPTS, _write, lora_count, paper_shapes, trained_sizes, weighted_nll
 from .training import HIDDEN, LINE, Pool, RECIPE, SECOND, TINY, fitted, quiz_line, quiz_record, quiz_records, train_e2llm
 from ..foundations.checks import InputError, command_line, positive_int, require
+from ..foundations.files import read_csv, whole_file, write_csv
 from ..laboratory.corpora import encode, load_corpus, token_windows
 from ..laboratory.cost import peak_bytes
 from ..laboratory.grammar import FACTS
 from ..laboratory.models import data_dir, load_model, pick_device
 from ..laboratory.plots import SPARE
-from ..laboratory.tiny_lm import write_csv
 from ..longembed.encoders import Encoder, load_encoder
 from ..methods.extend import extend
 
@@ -467,7 +466,7 @@ def studies_dir()->Path:
 def read_scores(path, # a file of rows that `write_csv` wrote
                )->list: # of rows; numbers are numbers
     "Scores of trainings, as they were kept."
-    with open(path, newline="") as f: return [r | dict(value=float(r["value"])) | {k: int(r[k]) for k in ("length", "n", "seed", "steps", "second", "batch") if k in r} for r in csv.DictReader(f)]
+    return [r | dict(value=float(r["value"])) | {k: int(r[k]) for k in ("length", "n", "seed", "steps", "second", "batch") if k in r} for r in read_csv(path)]
 
 def read_runs(folder=None, # None = `studies_dir`
              )->list:      # rows of all files
@@ -476,14 +475,8 @@ def read_runs(folder=None, # None = `studies_dir`
 
 def add_rows(path, rows:list)->None: # a file of `read_runs`, and what is to stand in it too
     "Append to a file, whole or not at all."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    old = []
-    if path.exists():
-        with open(path, newline="") as f: old = list(csv.DictReader(f))
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    write_csv(part, old + rows)
-    os.replace(part, path)
+    old = read_csv(path) if Path(path).exists() else []
+    with whole_file(path) as new: write_csv(new, old + rows)
 
 # %% ../../nbs/6_e2llm/studies.ipynb #6e550049
 def make_runs(runs:list,        # names

@@ -8,20 +8,20 @@ __all__ = ['LINE', 'CHANCE', 'RECIPE', 'SECOND', 'LENGTHS', 'TINY', 'HIDDEN', 'F
            'train_sets', 'main']
 
 # %% ../../nbs/6_e2llm/training.ipynb #362caead
-import argparse, csv, itertools, os, random, sys, tempfile
+import argparse, itertools, os, random, sys, tempfile
 from pathlib import Path
 
 import torch
 
 from .chunker import chunk_text, chunk_texts, restate_windows
 from .data import LOADERS, first_answer, load_records
-from .model import Adapter, Context, E2LLM, Row, Scored, TINY_PROMPTS, _write, weighted_nll
+from .model import Adapter, Context, E2LLM, Row, TINY_PROMPTS, _write, weighted_nll
 from ..foundations.checks import InputError, command_line, positive_int, require
+from ..foundations.files import read_csv, whole_folder, write_csv
 from ..laboratory.finetune import finetune, gathered, is_main, n_processes, share, trained_parameters
-from ..laboratory.grammar import FACTS, LEXICON, MOODS, NAMES, OBJECTS, QUESTIONS, SPOTS, TIMES, VERBS, adjectives_of, objects_of
+from ..laboratory.grammar import FACTS, LEXICON, MOODS, NAMES, QUESTIONS, SPOTS, TIMES, VERBS, adjectives_of, objects_of
 from ..laboratory.metrics import accuracy
 from ..laboratory.models import load_model
-from ..laboratory.tiny_lm import whole_folder, write_csv
 from ..longembed.encoders import load_encoder
 from ..longembed.facts import SPLITS, held_out
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 import torch
-from torch import Tensor
 
 from ..foundations.checks import InputError, require, positive_int
 from . import grammar

@@ -9,7 +9,7 @@ __all__ = ['NAMES', 'PLACES', 'JOBS', 'PETS', 'COLOURS', 'FOODS', 'OBJECTS', 'AD
            'objects_of', 'adjectives_of', 'World', 'sentences', 'document', 'vocabulary', 'build_tokenizer']
 
 # %% ../../nbs/2_laboratory/grammar.ipynb #d866638a
-import itertools, random, re, string
+import itertools, random, re
 from ..foundations.checks import positive_int, require
 
 # %% ../../nbs/2_laboratory/grammar.ipynb #393e8e71

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..foundations.checks import InputError, require, positive_int
-from .metrics import accuracy, mean_nll, perplexity
+from .metrics import accuracy, perplexity
 from .tasks import passkey
 
 # %% ../../nbs/2_laboratory/protocols.ipynb #e2fcd511

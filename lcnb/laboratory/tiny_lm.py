@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CONTEXT', 'CURRICULUM', 'new_model', 'Sequences', 'body', 'with_passkey', 'answer_weights', 'sequence',
-           'weighted_loss', 'optimisers', 'rate', 'held_out', 'whole_folder', 'write_csv', 'save', 'phase', 'learn',
-           'train', 'main']
+           'weighted_loss', 'optimisers', 'rate', 'held_out', 'save', 'phase', 'learn', 'train', 'main']
 
 # %% ../../nbs/2_laboratory/tiny_lm.ipynb #bf89ec65
-import argparse, contextlib, csv, itertools, random, shutil, sys, tempfile, time
+import argparse, itertools, random, sys, tempfile, time
 from pathlib import Path
 import torch
 from ..foundations.checks import command_line, positive_int, require
+from ..foundations.files import whole_folder, write_csv
 from .grammar import (CASTS, PASSKEY_FILLER, PASSKEY_INTRO, PASSKEY_QUESTION, PASSKEY_STATEMENT,
                                      World, build_tokenizer, sentences)
 
@@ -170,28 +170,6 @@ def held_out(model, context:int, # tokens per sequence
     return dict(loss=weighted_loss(model, stories, torch.ones_like(stories)).item(), passkey=hit.all(-1).float().mean().item())
 
 # %% ../../nbs/2_laboratory/tiny_lm.ipynb #8d74f37b
-@contextlib.contextmanager
-def whole_folder(out, # folder; files there that are not written anew are kept
-                ):    # a context, with the folder to write into
-    "The folder takes the place of `out` when the block ends without an error: complete, or not at all."
-    out = Path(out).absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as tmp:
-        new, old = Path(tmp)/"new", Path(tmp)/"old"
-        if out.exists(): shutil.copytree(out, new)
-        new.mkdir(exist_ok=True)
-        yield new
-        if out.exists(): out.rename(old)
-        new.rename(out)
-
-def write_csv(file,      # to write
-              rows:list, # dicts with the same keys
-             )->None:
-    "Rows as a table; the first row names the columns."
-    with open(file, "w", newline="") as f:
-        w = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
-        w.writeheader(), w.writerows(rows)
-
 def save(model,    # `LlamaForCausalLM`
          log:list, # rows of `train`
          out,      # folder; files there that are not written here are kept

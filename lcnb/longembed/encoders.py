@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..foundations.checks import InputError, positive_int, require
-from ..laboratory.models import DTYPES, _no_bars, _readable, data_dir, folder_revision, pick_device, weight_files
+from ..laboratory.models import DTYPES, _no_bars, _readable, data_dir, folder_revision, pick_device
 from .positions import extended_table, padding_offset, position_ids, scale_factor, se_group, windows
 from ..methods.extend import extend
 from ..methods.relatives import self_extend

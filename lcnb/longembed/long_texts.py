@@ -8,14 +8,14 @@ __all__ = ['MODES', 'COLUMNS', 'Piece', 'macro_windows', 'chunk_spans', 'token_b
 
 # %% ../../nbs/4_longembed/long_texts.ipynb #d6dafd65
 import csv, hashlib, io, json, math, os, random, statistics, time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..foundations.checks import InputError, positive_int, require
+from ..foundations.files import whole_file
 from ..laboratory import grammar
 from .encoders import Encoder, load_encoder, random_encoder
 from .positions import windows
@@ -191,10 +191,7 @@ def _beside(out, suffix): return out.with_name(out.name+suffix)
 
 def _write_json(path, value):
     "Replace a small file in one step."
-    tmp = path.with_name(f"{path.name}.{os.getpid()}")
-    with open(tmp, "w", encoding="utf-8") as f:
-        f.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n"); f.flush(); os.fsync(f.fileno())
-    os.replace(tmp, path)
+    with whole_file(path) as new: new.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
 
 class Memory:
     "Rows in an array that grows in place."
@@ -401,13 +398,9 @@ def _result(sink, out, mode):
     vectors, told = sink.close()
     tokens, seen, rows = np.array(told, dtype=np.int64).T
     offsets = np.concatenate([[0], np.cumsum(rows)])
-    if out is not None and mode != "encoder": _write_offsets(_beside(Path(out), ".offsets.npy"), offsets)
+    if out is not None and mode != "encoder":
+        with whole_file(_beside(Path(out), ".offsets.npy")) as new, open(new, "wb") as f: np.save(f, offsets)
     return LongVectors(vectors, offsets, tokens, seen, None if out is None else Path(out))
-
-def _write_offsets(path, offsets):
-    tmp = path.with_name(f"{path.name}.{os.getpid()}")
-    with open(tmp, "wb") as f: np.save(f, offsets)
-    os.replace(tmp, path)
 
 # %% ../../nbs/4_longembed/long_texts.ipynb #c0360332
 def maxsim(query_vectors, # `(q,d)`

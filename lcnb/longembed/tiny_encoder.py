@@ -7,16 +7,16 @@ __all__ = ['KINDS', 'WINDOW', 'QUERIES', 'TEMPERATURE', 'CURRICULUM', 'MIX', 'TO
            'encoder_tokenizer', 'shared_order', 'new_model', 'embed', 'Texts', 'take', 'hide', 'filler', 'crowd',
            'passkeys', 'near_miss', 'hunts', 'tales', 'excerpts', 'contrastive', 'batch', 'optimisers', 'learn',
            'held_out_sets', 'score', 'encode', 'save', 'rate', 'train', 'round_weights', 'figures', 'kind_of',
-           'measure', 'read_csv', 'seeds_table', 'beyond_table', 'write_card', 'card', 'main']
+           'measure', 'seeds_table', 'beyond_table', 'write_card', 'card', 'main']
 
 # %% ../../nbs/4_longembed/tiny_encoder.ipynb #72e09c15
-import argparse, csv, json, random, re, sys, time
+import argparse, json, random, re, sys, time
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from ..foundations.checks import InputError, command_line, positive_int, require
+from ..foundations.files import read_csv, whole_folder, write_csv
 from ..laboratory.grammar import BOS, CASTS, EOS, LEXICON, PASSKEY_FILLER, SPOTS, VERBS, World, build_tokenizer, sentences
-from ..laboratory.tiny_lm import whole_folder, write_csv
 from .benchmark import markdown
 from .facts import (EXTRA, INFINITIVES, ONE, PASSKEY_QUERY, PASSKEY_STATEMENT, TWO,
                                   needle, needles, people, recall, story_query, swaps, things)
@@ -409,8 +409,6 @@ def measure(folder,                           # model folder
 # %% ../../nbs/4_longembed/tiny_encoder.ipynb #f1837888
 TASKS = ("passkey", "needle", "story", "excerpt", "binding")
 
-def read_csv(file)->list: # rows of text
-    with open(file, newline="") as f: return list(csv.DictReader(f))
 
 def seeds_table(folder)->str: # markdown
     "Held-out figures of every seed, from the last rows of the logs."

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from ..foundations.checks import InputError, command_line, positive_int, require
+from ..foundations.files import whole_file
 from ..laboratory.models import data_dir
 from .encoders import Encoder, _table, extend_encoder, kind, load_encoder
 from .positions import frozen_rows, padding_offset
@@ -234,10 +235,8 @@ def store(method:str,       # pi or rp
         rows[f"factor{s}"] = _tiny_rows(base, method, s, log.append).contiguous()
         mean = lambda part: sum(r["loss"] for r in part)/max(len(part), 1)
         report(f"{method} x{s}: mean loss {mean(log[:20]):.3f} in the first 20 steps, {mean(log[-20:]):.3f} in the last 20")
-    part = Path(out).with_suffix(".part")
-    save_file(rows, part, dict(revision=base.revision, method=method, recipe=json.dumps(RECIPE)))
-    part.chmod(0o644)
-    return part.replace(out)
+    with whole_file(out) as new: save_file(rows, new, dict(revision=base.revision, method=method, recipe=json.dumps(RECIPE)))
+    return Path(out)
 
 @command_line
 def main(args=None, # command line, without the program's name

@@ -10,7 +10,7 @@ import contextlib
 from dataclasses import dataclass
 import hashlib
 import json
-import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from ..foundations.checks import InputError, positive_int, require
+from ..foundations.files import whole_file
 from .memory import load_memory
 from .model import MemLong, _kv_of, _resting
 from ..methods.stream import _State, chunks
@@ -70,12 +71,10 @@ def _save_memory(self,
     files = [f"memory-{number}-{r}.safetensors" for r in range(len(self.banks))]
     for bank, name in zip(self.banks, files): bank.save(folder/name)
     last = {f"last{r}": x for r, x in enumerate(self._last) if x is not None}
-    part = folder/".memory.part"
-    save_file({k: v.contiguous() for k, v in (last | _probe(self) | (tensors or {})).items()}, part, {"memlong": json.dumps(dict(number=number, files=files, kept=_kept(self), more=about or {}))})
-    with open(part, "rb+") as f: os.fsync(f.fileno())
-    os.chmod(part, 0o644); os.replace(part, folder/"memory.safetensors")
-    for p in folder.iterdir():
-        if p.name.startswith((".memory", "memory-")) and p.name not in files: p.unlink()
+    with whole_file(folder/"memory.safetensors") as new:
+        save_file({k: v.contiguous() for k, v in (last | _probe(self) | (tensors or {})).items()}, new, {"memlong": json.dumps(dict(number=number, files=files, kept=_kept(self), more=about or {}))})
+    for p in folder.iterdir():                                                  # files of the save before, rooms of one that was killed
+        if p.name.startswith((".memory", "memory-")) and p.name not in files: shutil.rmtree(p) if p.is_dir() else p.unlink()
 
 # %% ../../nbs/5_memlong/long_stream.ipynb #7c93a896
 def _load_memory(self,

@@ -8,7 +8,6 @@ __all__ = ['POLICIES', 'Hits', 'STREAMS', 'survivors', 'MemoryBank', 'load_memor
 # %% ../../nbs/5_memlong/memory.ipynb #354e89b4
 import importlib.util
 import json
-import os
 import random
 from collections import namedtuple
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..foundations.checks import InputError, positive_int, require
+from ..foundations.files import whole_file
 
 # %% ../../nbs/5_memlong/memory.ipynb #8aa50e01
 POLICIES = ("paper", "legacy_counter", "fifo_half", "lru")
@@ -286,21 +286,13 @@ def _save(self,
           path, # of the file to write
          )->None:
     "Write the memory, whole or not at all."
-    path = Path(path).expanduser().absolute()
     from safetensors.torch import save_file
-    require(path.suffix == ".safetensors", "path", str(path), "the name of a .safetensors file")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    require(Path(path).suffix == ".safetensors", "path", str(path), "the name of a .safetensors file")
     tensors = dict(embeddings=self.embeddings.contiguous(), lengths=self._len[self._order])
     if self._k is not None: tensors |= {name: x[self._order].cpu().contiguous() for name, x in (("keys", self._k), ("values", self._v))}
     about = dict(capacity=self.capacity, chunk_size=self.chunk_size, dim=self.dim, policy=self.policy, rule=self.rule, shape=self._shape, dtype=str(self.dtype).removeprefix('torch.'), step=self.step, next=self._next, ids=self.ids, texts=self.texts,
                  counters=self.counters, used=[self._used[i] for i in self.ids])
-    part = path.with_name(f".{path.name}.part")                                 # of one name, so that what a kill leaves is overwritten, not piled up
-    try:
-        save_file(tensors, part, metadata=dict(memory=json.dumps(about)))
-        with open(part, "rb+") as f: os.fsync(f.fileno())
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    with whole_file(path) as new: save_file(tensors, new, metadata=dict(memory=json.dumps(about)))
 
 def load_memory(path,             # a file that `save` wrote
                 dim:int|None=None,        # features of the retriever that will ask; None = do not check

@@ -20,12 +20,12 @@ from torch import Tensor
 from ..foundations.checks import InputError, positive_int, require
 from ..laboratory.corpora import join_documents, load_corpus, token_windows
 from ..laboratory.metrics import perplexity
-from ..laboratory.models import data_dir, load_model
-from ..laboratory.plots import SPARE, palette, plot_ppl
-from .memory import POLICIES, STREAMS, MemoryBank, question_stream
+from ..laboratory.models import load_model
+from ..laboratory.plots import SPARE, palette
+from .memory import POLICIES, MemoryBank, question_stream
 from .model import MemLong, Segment, _read_chunks, _reader, as_retriever
 from .protocols import memory_scores, plain_scores, score_rows, using
-from .recall import random_retriever, recall_batch, recall_document
+from .recall import recall_batch, recall_document
 from .training import LAYER_CHOICES, RecallTexts, Windows, add_adapters, layer_choice, load_memlong, memlong_folder, read_log, save_memlong, train_memlong
 from ..methods import METHODS, extend, make_plan
 from ..methods.wrap import wrapped_attention

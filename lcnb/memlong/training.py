@@ -8,18 +8,18 @@ __all__ = ['LAYER_CHOICES', 'SETTINGS', 'RECIPE', 'STORIES', 'TINY', 'HELD_OUT',
            'held_out', 'train_tiny', 'read_log', 'main']
 
 # %% ../../nbs/5_memlong/training.ipynb #03d822c2
-import argparse, csv, json, random, sys, tempfile
+import argparse, json, random, sys, tempfile
 from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from ..foundations.checks import InputError, command_line, positive_int, require
+from ..foundations.files import read_csv, whole_folder, write_csv
 from ..laboratory.finetune import finetune, is_main, n_processes, over_processes, share, trained_parameters
 from ..laboratory.grammar import document
 from ..laboratory.lora import add_lora, n_trainable, save_lora
 from ..laboratory.models import Loaded, data_dir, load_model
-from ..laboratory.tiny_lm import whole_folder, write_csv
 from .model import MemLong
 from .recall import eval_recall, random_retriever, recall_batch, recall_document
 
@@ -216,7 +216,7 @@ def read_log(folder)->list: # rows as dicts, numbers read
     "The training log that `save_memlong` wrote."
     path = Path(folder)/"training_log.csv"
     require(path.is_file(), "memlong", str(folder), "a folder with a training_log.csv, or train=true")
-    with open(path, newline="", encoding="utf8") as f: return [{k: float(v) if v else None for k, v in r.items()} for r in csv.DictReader(f)]
+    return [{k: float(v) if v else None for k, v in r.items()} for r in read_csv(path)]
 
 # %% ../../nbs/5_memlong/training.ipynb #c873f98b
 @command_line

@@ -9,7 +9,6 @@ __all__ = ['chunks', 'endless', 'stream_nll']
 from collections.abc import Iterable
 import hashlib
 import json
-import os
 from pathlib import Path
 import random
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..foundations.attention import Plan
 from ..foundations.checks import InputError, positive_int, require
+from ..foundations.files import whole_file
 from ..laboratory.corpora import Corpus, encode
 from .extend import extend
 
@@ -68,9 +68,7 @@ class _State:
         tensors = {f"{i}.{name}": t.contiguous() for i, l in enumerate(layers) for name, t in (("k", l.keys), ("v", l.values))}
         tensors |= dict(total=self.total, count=self.count, last=self.last.cpu())
         meta = about | dict(read=self.read, digest=self.digest, seen=layers[0].seen, w0=layers[0].w0)
-        tmp = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, tmp, {"stream": json.dumps(meta)})
-        os.replace(tmp, path)
+        with whole_file(path) as new: save_file(tensors, new, {"stream": json.dumps(meta)})
 
     def load(self, path, about, device):
         "Take up the state in `path`; refuse one of another stream."

@@ -11,10 +11,10 @@ __all__ = ['BYTES', 'READERS', 'GATED_MLP', 'AT_ONCE', 'LOGITS', 'SCORES', 'ENCO
 # %% ../../nbs/7_reproduction/plan.ipynb #303ae609
 import argparse, functools, importlib.util, json, os, re, shutil, struct, subprocess
 from fnmatch import fnmatch
-from importlib import metadata
 from pathlib import Path
 
 from ..foundations.checks import InputError, require
+from ..foundations.files import whole_file
 from . import registry
 from .runner import chosen
 
@@ -521,9 +521,7 @@ def _write(path, commits): # the file with other revisions, all else as it was
         if m := re.match(r"(\w+):\s*(#.*)?$", l): part = m[1]
         elif m := re.match(r"  (\S+):\s*(#.*)?$", l): name = m[1]
         elif re.match(r"    revision:", l) and (part, name) in commits: lines[i] = f"    revision: {commits[part, name]}\n"
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text("".join(lines), encoding="utf8")
-    os.replace(new, path)
+    with whole_file(path) as new: new.write_text("".join(lines), encoding="utf8")
 
 # %% ../../nbs/7_reproduction/plan.ipynb #2319024f
 def pinned(params:dict, # every parameter's value

@@ -6,11 +6,12 @@
 __all__ = ['show_number', 'length_rows', 'stretch_table', 'own_table', 'tables', 'provenance', 'gather', 'write_report']
 
 # %% ../../nbs/7_reproduction/report.ipynb #40308c0f
-import base64, math, os, re
+import base64, math, re
 from collections import Counter
 from pathlib import Path
 
 from ..foundations.checks import require
+from ..foundations.files import whole_file
 from .claims import Missing, check_claim, claims, load_result, paper_notes, published, select, trained_len
 from .registry import artifacts, home, profile, profile_names
 from .run import git_state
@@ -189,8 +190,5 @@ def write_report(out=None,     # file; default figures/report.html in the checko
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(home()/"data"/"report"), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     env.filters["code"] = _code
     page = env.get_template("report.html.j2").render(gather(figures, only))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = out.with_name(f".{out.name}.{os.getpid()}")
-    tmp.write_text(page, encoding="utf8")
-    os.replace(tmp, out)
+    with whole_file(out) as new: new.write_text(page, encoding="utf8")
     return out

@@ -11,7 +11,7 @@ import ast, csv, io, json, math, os, platform, re, shutil, subprocess, sys, time
 from importlib import metadata
 from pathlib import Path
 
-from ..foundations.checks import require
+from ..foundations.files import whole_folder
 from .registry import artifact, check_out, code_hash, coerce, home, parameters, profile_params, result_dir, run_key, unknown
 
 # %% ../../nbs/7_reproduction/run.ipynb #31855e01
@@ -135,24 +135,6 @@ def command(id:str,       # an artifact's id
     pairs = [f"{k}={v if isinstance(v, str) else 'null' if v is None else json.dumps(v)}" for k,v in params.items() if k!="out" and base.get(k)!=v]
     return " ".join(["lcnb", "run", id, "--profile", profile or "tiny", *(f"-p {shlex.quote(p)}" for p in pairs)])
 
-# %% ../../nbs/7_reproduction/run.ipynb #e633f52e
-def _replace(tmp, out): # give the finished folder its name
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
-    if out.exists(): os.rename(out, old)
-    os.rename(tmp, out)
-    shutil.rmtree(old, ignore_errors=True)
-
-def _leftovers(out): # hidden folders of runs that died
-    for p in out.parent.glob(f".{out.name}.*-*"):
-        pid = p.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)): shutil.rmtree(p, ignore_errors=True)
-
-def _alive(pid): # is there such a process?
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except PermissionError: return True
-    return True
-
 # %% ../../nbs/7_reproduction/run.ipynb #439b64ca
 def said_commit(git:dict, # from `git_state`
                )->str:
@@ -220,11 +202,7 @@ class Run:
             )->Path:      # the folder
         "Write rows.csv, run.json and the picture or table: all of them or nothing."
         check_rows(rows)
-        check_out(self.out).parent.mkdir(parents=True, exist_ok=True)
-        _leftovers(self.out)
-        tmp = self.out.with_name(f".{self.out.name}.tmp-{os.getpid()}")
-        tmp.mkdir()
-        try:
+        with whole_folder(check_out(self.out), keep=False) as tmp:
             record = self.record(notes)
             made = dict(Description=record["command"], Source=said_commit(record["git"]))
             (tmp/"rows.csv").write_text(rows_csv(rows, self.run_id), encoding="utf8")
@@ -232,8 +210,6 @@ class Run:
             if table is not None: (tmp/"table.md").write_text(f"{table.rstrip()}\n\n<!-- {made['Description']}; {made['Source']} -->\n", encoding="utf8")
             (tmp/"run.json").write_text(json.dumps(record, indent=1, ensure_ascii=False)+"\n", encoding="utf8")
             keep_unchanged(tmp, self.out)
-            _replace(tmp, self.out)
-        finally: shutil.rmtree(tmp, ignore_errors=True)
         return self.out
 
     def record(self, notes=None)->dict:

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..foundations.checks import InputError, positive_int
-from .registry import _digest, artifact, artifacts, cells, check_out, home, profile, profile_params, result_dir, run_key, state_dir, variables
+from ..foundations.files import whole_file
+from .registry import _digest, artifact, cells, check_out, profile, profile_params, result_dir, run_key, state_dir, variables
 
 # %% ../../nbs/7_reproduction/runner.ipynb #501f6b51
 def _record(out): return state_dir()/"done"/f"{_digest(Path(out).absolute())}.json"
@@ -29,11 +30,8 @@ def is_done(key:str,  # from `registry.run_key`
 
 def mark_done(id:str, key:str, out:Path)->None:
     "Record that the result in `out` was made here with this key."
-    path = _record(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-    tmp.write_text(json.dumps(dict(artifact=id, key=key, out=str(out), rows=_digest((out/"rows.csv").read_bytes()))))
-    os.replace(tmp, path)
+    said = dict(artifact=id, key=key, out=str(out), rows=_digest((out/"rows.csv").read_bytes()))
+    with whole_file(_record(out)) as new: new.write_text(json.dumps(said))
 
 # %% ../../nbs/7_reproduction/runner.ipynb #2774a412
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
