@@ -10,7 +10,8 @@ from lcnb.e2llm.model import Adapter, E2LLM, TINY_PROMPTS, load_e2llm
 from lcnb.e2llm.training import e2llm_loss, eval_quiz, quiz_records, train_e2llm
 from lcnb.foundations.checks import InputError
 from lcnb.laboratory.finetune import trained_parameters
-from lcnb.laboratory.models import data_dir, load_model, random_llama
+from lcnb.foundations.files import data_dir
+from lcnb.laboratory.models import load_model, random_llama
 from lcnb.longembed.encoders import random_encoder
 
 TEXTS = ["Mira met Otto near the well. Otto was glad. " * k for k in (1, 6, 3)]

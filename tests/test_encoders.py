@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from lcnb.foundations.checks import InputError
 from lcnb.laboratory.grammar import document
-from lcnb.laboratory.models import data_dir
+from lcnb.foundations.files import data_dir
 from lcnb.longembed import encoders
 from lcnb.longembed.encoders import FAMILIES, FITS, Encoder, TruncationWarning, extend_encoder, kind, load_encoder, minilm_folder, random_encoder
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from lcnb.foundations.checks import InputError
-from lcnb.laboratory.models import data_dir
+from lcnb.foundations.files import data_dir
 from lcnb.longembed.benchmark import (BM25, Dense, MaxSim, RetrievalTask, acc_at_1, average_rows, eval_retrieval, filler, gain_rows, load_task, load_tasks,
                                       n_filler, ndcg_at_10, needle_task, passkey_task, story_task, tie_groups)
 

@@ -76,7 +76,7 @@ def test_bad_input(tmp_path):
 
 
 def test_a_folder_that_names_another_base_is_refused(tmp_path):
-    from lcnb.laboratory.models import data_dir
+    from lcnb.foundations.files import data_dir
     import shutil
     shutil.copytree(data_dir()/"models"/"tiny-memlong"/"rlp_th", tmp_path/"copy")
     about = json.loads((tmp_path/"copy"/"memlong.json").read_text())

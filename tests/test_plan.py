@@ -409,21 +409,13 @@ def test_a_commit_that_cannot_be_had(home, monkeypatch, capsys):
     models = plan.hub()["models"]
     assert models["meta-llama/Llama-2-7b-hf"]["revision"] is None and models["intfloat/e5-base-v2"]["revision"].startswith("1c644c92") and models["BAAI/bge-m3"]["revision"] == "a"*40
 
-def test_a_pinned_commit_is_what_a_run_asks_for():
-    fill = plan.pinned
-    assert fill(dict(model="intfloat/e5-base-v2", revision=None))["revision"].startswith("1c644c92")
-    assert fill(dict(model=["intfloat/e5-base-v2", "dwzhu/e5rope-base"], revision=None))["revision"] == [plan.hub()["models"]["intfloat/e5-base-v2"]["revision"], None]
-    assert fill(dict(model=["tiny-ape"], revision=None))["revision"] is None and fill(dict(model="x/y", revision="main"))["revision"] == "main"
-    assert fill(dict(model="intfloat/e5-base-v2", shape="llama-2-7b", revision=None))["revision"] is None
-    assert fill(dict(corpus=["hub:mteb/scifact", "hub:mteb/nfcorpus"], data_revision=None))["data_revision"] is None      # two repositories
-    assert fill(dict(corpus=["hub:mteb/scifact"], data_revision=None))["data_revision"].startswith("d56462d0")
-
-def test_profiles_are_read_with_the_commits(home):
-    at = registry.profile_params("paper", "longembed/table7")["revision"]
-    assert at == plan.hub()["models"]["intfloat/e5-mistral-7b-instruct"]["revision"] and registry.profile_params("paper", "longembed/table7", dict(revision="main"))["revision"] == "main"
-    assert registry.profile_params("paper", "dca/table1")["revision"] is None and registry.profile_params("tiny", "dca/table1")["revision"] is None
+def test_the_key_of_a_run_has_the_commits_of_what_it_names(home):
+    key = lambda id="dca/table1", profile="paper", **p: registry.run_key(id, registry.profile_params(profile, id, p))
+    home()
+    before, tiny, table7 = key(), key(profile="tiny"), key("longembed/table7")
+    assert registry.profile_params("paper", "dca/table1")["revision"] is None             # the loaders ask, not the profile
     home((LLAMA, LLAMA.replace("null", "e"*40)))
-    assert registry.profile_params("paper", "dca/table1")["revision"] == "e"*40
+    assert key() != before and (key(profile="tiny"), key("longembed/table7")) == (tiny, table7)
     home((LLAMA, LLAMA.replace("null", "main")))                                       # a broken entry is in nobody's way who reads nothing from the hub
     assert registry.profile_params("tiny", "dca/table1")["revision"] is None
-    with pytest.raises(InputError, match="Llama-2-7b-hf: revision='main'"): registry.profile_params("paper", "dca/table1")
+    with pytest.raises(InputError, match="Llama-2-7b-hf: revision='main'"): key()

@@ -7,7 +7,8 @@ import pytest
 from lcnb.foundations.checks import InputError
 from lcnb.laboratory import grammar, tiny_lm
 from lcnb.laboratory.corpora import load_corpus, token_windows
-from lcnb.laboratory.models import data_dir, load_model
+from lcnb.foundations.files import data_dir
+from lcnb.laboratory.models import load_model
 from lcnb.laboratory.protocols import eval_last_ppl, eval_passkey
 from lcnb.methods import extend, make_plan
 

@@ -5,7 +5,7 @@ import pytest, torch
 
 from lcnb.foundations.checks import InputError
 from lcnb.laboratory import grammar
-from lcnb.laboratory.models import data_dir
+from lcnb.foundations.files import data_dir
 from lcnb.longembed import facts, tiny_encoder as te
 
 KINDS = te.KINDS

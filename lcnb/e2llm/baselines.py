@@ -18,11 +18,11 @@ from .chunker import chunk_text, chunk_texts
 from .model import _ids
 from .training import CHANCE, LINE, RECIPE, eval_quiz, quiz_fact, quiz_line, quiz_record, quiz_records
 from ..foundations.checks import InputError, command_line, positive_int, require
-from ..foundations.files import read_csv, whole_folder, write_csv
+from ..foundations.files import data_dir, read_csv, whole_folder, write_csv
 from ..laboratory.finetune import finetune, trained_parameters
 from ..laboratory.grammar import FACTS, LEXICON, QUESTIONS
 from ..laboratory.lora import add_lora, save_lora
-from ..laboratory.models import Loaded, data_dir, load_model
+from ..laboratory.models import Loaded, load_model
 from ..longembed.encoders import Encoder, _quiet, load_encoder
 from ..methods import extend, make_plan
 from ..methods.wrap import wrapped_attention

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..foundations.checks import InputError, positive_int, require
 from ..laboratory.corpora import _text, check_row, encode, find_files, loading, table_rows
 from ..laboratory.fewshot import python_pairs, same_length
+from ..laboratory.hub import commit, model_commit
 from .chunker import chunk_text
 
 # %% ../../nbs/6_e2llm/data.ipynb #665d2ac1
@@ -203,7 +204,9 @@ def load_hub(name:str,       # a key of `HUB`, or NAME[:CONFIG]
     from datasets import load_dataset
     require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)} for hub:{name}")
     path, _, config = name.partition(":")
-    with loading(f"hub:{name}"): rows = load_dataset(**HUB.get(name, dict(path=path, name=config or None)), split="validation" if split == "test" else "train")
+    source = HUB.get(name, dict(path=path, name=config or None))
+    if source["path"] != "json": source = source | dict(revision=commit(source["path"], part="datasets"))
+    with loading(f"hub:{name}"): rows = load_dataset(**source, split="validation" if split == "test" else "train")
     convert, several = layout(rows.column_names, f"hub:{name}"), {"meeting_transcripts", "questions", "instructions", "qa_pairs"} & set(rows.column_names)
     pairs = lambda places: ((f"hub:{name}: row {i}", rows[i]) for i in places)
     if several or n is None: records = sample(_converted(pairs(range(len(rows))), convert), n, seed)
@@ -286,7 +289,8 @@ def tokenizer_and_window(model:str,         # tiny, a folder or a hub id
     from transformers import AutoConfig, AutoTokenizer
     from lcnb.laboratory.models import _locate, _readable
     require(isinstance(model, (str, Path)) and str(model).strip(), "model", model, "tiny, a folder or a hub id")
-    name = str(_locate(str(model)) or model)
+    folder = _locate(str(model))
+    name, revision = str(folder or model), revision if folder else model_commit(str(model), revision)
     with _readable(str(model)): return AutoTokenizer.from_pretrained(name, revision=revision), AutoConfig.from_pretrained(name, revision=revision).get_text_config().max_position_embeddings
 
 # %% ../../nbs/6_e2llm/data.ipynb #357595ee

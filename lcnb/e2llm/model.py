@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from .chunker import chunk_text, chunk_texts
 from ..foundations.checks import InputError, positive_int, require
-from ..foundations.files import whole_folder
+from ..foundations.files import data_dir, whole_folder
 from ..laboratory.lora import add_lora, attention_maps, n_trainable, save_lora
 from ..laboratory.models import Loaded, load_model
 from ..longembed.encoders import load_encoder
@@ -332,7 +332,6 @@ def load_e2llm(spec,            # a folder that `save_pretrained` wrote; `tiny` 
     "An E2LLM that was trained."
     from peft import PeftModel
     from safetensors.torch import load_file
-    from lcnb.laboratory.models import data_dir
     folder = data_dir()/"models"/"tiny-e2llm" if str(spec) == "tiny" else Path(spec).expanduser()
     try: about = json.loads((folder/"e2llm.json").read_text())
     except (OSError, ValueError): about = None

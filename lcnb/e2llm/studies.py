@@ -22,11 +22,11 @@ from .metrics import score_rows
 from .model import Adapter, Context, E2LLM, Row, TINY_PROMPTS, _write, lora_count, paper_shapes, trained_sizes, weighted_nll
 from .training import HIDDEN, LINE, Pool, RECIPE, SECOND, TINY, fitted, quiz_line, quiz_record, quiz_records, train_e2llm
 from ..foundations.checks import InputError, command_line, positive_int, require
-from ..foundations.files import read_csv, whole_file, write_csv
+from ..foundations.files import data_dir, read_csv, whole_file, write_csv
 from ..laboratory.corpora import encode, load_corpus, token_windows
 from ..laboratory.cost import peak_bytes
 from ..laboratory.grammar import FACTS
-from ..laboratory.models import data_dir, load_model, pick_device
+from ..laboratory.models import load_model, pick_device
 from ..laboratory.plots import SPARE
 from ..longembed.encoders import Encoder, load_encoder
 from ..methods.extend import extend

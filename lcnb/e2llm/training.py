@@ -17,7 +17,7 @@ from .chunker import chunk_text, chunk_texts, restate_windows
 from .data import LOADERS, first_answer, load_records
 from .model import Adapter, Context, E2LLM, Row, TINY_PROMPTS, _write, weighted_nll
 from ..foundations.checks import InputError, command_line, positive_int, require
-from ..foundations.files import read_csv, whole_folder, write_csv
+from ..foundations.files import data_dir, read_csv, whole_folder, write_csv
 from ..laboratory.finetune import finetune, gathered, is_main, n_processes, share, trained_parameters
 from ..laboratory.grammar import FACTS, LEXICON, MOODS, NAMES, QUESTIONS, SPOTS, TIMES, VERBS, adjectives_of, objects_of
 from ..laboratory.metrics import accuracy

@@ -14,8 +14,7 @@ from .model import E2LLM, load_e2llm
 from .studies import answer_rows, margin_rows, read_scores, study_records
 from .training import CHANCE
 from ..foundations.checks import InputError, command_line, positive_int, require
-from ..foundations.files import write_csv
-from ..laboratory.models import data_dir
+from ..foundations.files import data_dir, write_csv
 
 # %% ../../nbs/6_e2llm/windows.ipynb #7e2b0006
 def full_at(chunk_tokens:float, # C, mean

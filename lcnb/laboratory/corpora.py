@@ -16,6 +16,7 @@ from typing import Callable, Iterator
 import torch
 
 from ..foundations.checks import InputError, require, positive_int
+from .hub import commit
 from . import grammar
 
 # %% ../../nbs/2_laboratory/corpora.ipynb #d6d9e23e
@@ -251,11 +252,12 @@ def loading(spec:str,              # as the caller wrote it
 def _load_hub(name, config, revision):
     "The splits of a data set."
     from datasets import load_dataset
-    return load_dataset(name, config, streaming=True, revision=revision)
+    return load_dataset(name, config, streaming=True, revision=commit(name, revision, "datasets"))
 
 def _hub_revision(name, config, revision, split):
     "The commit of a hub data set; for a local folder a hash of the files of the split."
     from datasets import load_dataset_builder
+    revision = commit(name, revision, "datasets")
     files = (load_dataset_builder(name, config, revision=revision).config.data_files or {}).get(split)
     if files is None: return revision or "unknown"
     commits = {m[-1] for m in files.origin_metadata if len(m) > 1}  # (repository, commit) on the hub

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..foundations.checks import InputError, require, positive_int
+from .hub import commit
 from . import grammar
 from .corpora import check_row, loading, misfit, table_rows
 from .tasks import generate_answers, tokens_after
@@ -174,7 +175,7 @@ def _hub_rows(name, spec):
     require(len(parts) == 3 and all(parts), "questions", spec, "hub:NAME[@REVISION]:CONFIG:SPLIT")
     repo, _, revision = parts[0].partition("@")
     how = dict(data_dir=parts[1]) if revision.startswith("refs/convert") else dict(name=parts[1])
-    return load_dataset(repo, split=parts[2], revision=revision or None, streaming=True, **how)
+    return load_dataset(repo, split=parts[2], revision=commit(repo, revision, "datasets"), streaming=True, **how)
 
 def read_questions(spec:str,        # grammar:KIND[:train], file:PATH or hub:NAME[@REVISION]:CONFIG:SPLIT
                    seed:int=0,      # which stories of the grammar

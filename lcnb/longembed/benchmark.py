@@ -20,6 +20,7 @@ import numpy as np
 from ..foundations.checks import InputError, positive_int, require
 from ..laboratory.corpora import load_corpus, loading, misfit, table_rows
 from ..laboratory.grammar import PASSKEY_FILLER
+from ..laboratory.hub import commit
 from . import facts
 
 # %% ../../nbs/4_longembed/benchmark.ipynb #bm000006
@@ -187,7 +188,7 @@ def _hub(spec, revision):
     from datasets import load_dataset, load_dataset_builder
     name, _, config = spec.removeprefix("hub:").partition(":")
     def rows(config, split):  # only the files of this split: those of the official data set differ in their columns, so they cannot be read together
-        builder = load_dataset_builder(name, config, revision=revision)
+        builder = load_dataset_builder(name, config, revision=commit(name, revision, "datasets"))
         files = builder.config.data_files or {}
         if split not in files: raise ValueError(f"{config} has no split {split}; it has {', '.join(map(str, files))}")
         return load_dataset(builder.name, data_files={split: list(files[split])}, split=split).to_list()

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from ..foundations.checks import InputError, positive_int, require
-from ..laboratory.models import DTYPES, _no_bars, _readable, data_dir, folder_revision, pick_device
+from ..foundations.files import data_dir
+from ..laboratory.hub import model_commit
+from ..laboratory.models import DTYPES, _no_bars, _readable, folder_revision, pick_device
 from .positions import extended_table, padding_offset, position_ids, scale_factor, se_group, windows
 from ..methods.extend import extend
 from ..methods.relatives import self_extend
@@ -526,11 +528,13 @@ def load_encoder(spec,                # `tiny-ape`, `tiny-rope`, a folder, a hub
     if isinstance(spec, (str, Path)):
         require(str(spec).strip(), "model", str(spec), "tiny-ape, tiny-rope, a folder or a hub id")
         spec, folder = str(spec), _locate(str(spec))
+        if not folder:
+            with _readable(spec): revision = model_commit(spec, revision)
         said = _read_modules(folder or spec, revision, spec)
         model, found = _load_model(str(folder or spec), said.pop("path", ""), dtype, revision, spec)
         model = model.to(device).eval()
         name = folder.name if folder and not spec.startswith("tiny-") else spec
-        known = (folder_revision(folder) if (folder/"config.json").is_file() else "unknown") if folder else getattr(model.config, "_commit_hash", None) or revision or "unknown"
+        known = (folder_revision(folder) if (folder/"config.json").is_file() else "unknown") if folder else revision or "unknown"
     else: model, found, said, name, known = _from_object(spec, tokenizer)
     said = {k: v for k, v in said.items() if v is not None} | {k: v for k, v in dict(pooling=pooling, prompts=prompts).items() if v is not None}
     tokenizer = copy.deepcopy(tokenizer or found)
@@ -553,7 +557,7 @@ def _from_object(spec, tokenizer):
     name = type(model).__name__
     require(isinstance(model, nn.Module) and hasattr(model, "config"), "model", type(spec).__name__, "a name, a folder, a SentenceTransformer or a Hugging Face model")
     require(found is not None, "tokenizer", None, f"given with a model that is no folder, {name}")
-    return _share(model), found, said, getattr(model.config, "_name_or_path", "") or name, getattr(model.config, "_commit_hash", None) or "unknown"
+    return _share(model), found, said, getattr(model.config, "_name_or_path", "") or name, "unknown"
 
 # %% ../../nbs/4_longembed/encoders.ipynb #9be50157
 def _assemble(model, tokenizer, said, max_len, base_len, name, revision):

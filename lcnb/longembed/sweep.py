@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..foundations.checks import require
+from ..laboratory.hub import model_commit
 from ..laboratory.models import pick_device
 from .benchmark import average_rows, eval_retrieval, gain_rows, markdown, paper_prompts
 from .encoders import Encoder, TruncationWarning, extend_encoder, kind, load_encoder
@@ -81,6 +82,7 @@ def load_e5rope(spec:str,          # a hub id or a folder
     "The paper's rotary encoder; mean pooling, normalised, as the official code has it."
     from transformers import AutoTokenizer
     from transformers.utils import cached_file
+    revision = revision if Path(str(spec)).expanduser().is_dir() else model_commit(str(spec), revision)
     find = lambda name: cached_file(spec, name, revision=revision, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)
     path = find("config.json")
     config = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
@@ -89,7 +91,7 @@ def load_e5rope(spec:str,          # a hub id or a folder
     require(weights, "model", spec, "a checkpoint with model.safetensors or pytorch_model.bin")
     model = e5rope_model(config, load_file(weights) if weights.endswith(".safetensors") else torch.load(weights, map_location="cpu", weights_only=True))
     e = load_encoder(model.to(pick_device(device), getattr(torch, dtype)), "mean", prompts, base_len=base_len or 512, tokenizer=AutoTokenizer.from_pretrained(spec, revision=revision))
-    e.name = str(spec)
+    e.name, e.revision = str(spec), revision or e.revision
     return e
 
 # %% ../../nbs/4_longembed/sweep.ipynb #sw00000e
@@ -254,4 +256,3 @@ def public_table(cells:list,          # of the published table `mteb_results_mai
     missing = [m for m in models if m.replace("/", "__") not in lines]
     require(not missing, "models", missing, "models that have a row in the table")
     return markdown(["on MTEB", *names], [[m, *(lines[m.replace("/", "__")].get(n, "") for n in names)] for m in models])
-

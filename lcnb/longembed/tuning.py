@@ -15,8 +15,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from ..foundations.checks import InputError, command_line, positive_int, require
-from ..foundations.files import whole_file
-from ..laboratory.models import data_dir
+from ..foundations.files import data_dir, whole_file
 from .encoders import Encoder, _table, extend_encoder, kind, load_encoder
 from .positions import frozen_rows, padding_offset
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..foundations.checks import InputError, positive_int, require
+from ..laboratory.hub import commit
 from ..laboratory import grammar
 from ..laboratory.corpora import loading, table_rows
 from ..laboratory.tasks import tokens_after
@@ -104,7 +105,7 @@ def _rows(path=None, hub=None, split=None, revision=None, where=""):
     "Where each row of a file or of a split on the hub stands, and the row."
     if path: return list(table_rows(path)) if path.stat().st_size else []
     from datasets import load_dataset
-    with loading(f"corpus={where!r}"): return [(f"{hub}, {split}: row {i}", r) for i, r in enumerate(load_dataset(hub, split=split, revision=revision))]
+    with loading(f"corpus={where!r}"): return [(f"{hub}, {split}: row {i}", r) for i, r in enumerate(load_dataset(hub, split=split, revision=commit(hub, revision, "datasets")))]
 
 def load_icl(name:str,         # a key of `TASKS` or of `GRAMMAR`
              folder:str=None,  # where the sets are files; None = the hub

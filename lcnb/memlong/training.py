@@ -15,11 +15,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..foundations.checks import InputError, command_line, positive_int, require
-from ..foundations.files import read_csv, whole_folder, write_csv
+from ..foundations.files import data_dir, read_csv, whole_folder, write_csv
 from ..laboratory.finetune import finetune, is_main, n_processes, over_processes, share, trained_parameters
 from ..laboratory.grammar import document
 from ..laboratory.lora import add_lora, n_trainable, save_lora
-from ..laboratory.models import Loaded, data_dir, load_model
+from ..laboratory.models import Loaded, load_model
 from .model import MemLong
 from .recall import eval_recall, random_retriever, recall_batch, recall_document
 

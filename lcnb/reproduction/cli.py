@@ -79,7 +79,7 @@ def _chosen(choose, torch, device): # what a float32 and a bfloat16 query would 
 
 # %% ../../nbs/7_reproduction/cli.ipynb #29c7132f
 def _doctor_places(): # folders, models, free space
-    from lcnb.laboratory.models import data_dir
+    from lcnb.foundations.files import data_dir
     models, assets = sorted((data_dir()/"models").glob("*/config.json")), os.environ.get("LCNB_ASSETS")
     free = shutil.disk_usage(registry.home()).free/2**30
     print(f"\nplaces\n  checkout       {registry.home()}\n  data           {data_dir()}\n  models         {', '.join(p.parent.name for p in models) or 'none: make train'}")

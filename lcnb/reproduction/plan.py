@@ -6,7 +6,7 @@
 __all__ = ['BYTES', 'READERS', 'GATED_MLP', 'AT_ONCE', 'LOGITS', 'SCORES', 'ENCODED', 'TEXT_BYTES', 'hub_path', 'hub',
            'n_parameters', 'cache_bytes', 'pass_bytes', 'training_bytes', 'models_of', 'data_of', 'cache_dir',
            'cached_model', 'cached_data', 'header_parameters', 'describe', 'find_data', 'fit', 'hours', 'machine',
-           'cannot', 'plan_artifact', 'make_plan', 'say', 'pin', 'pinned', 'main']
+           'cannot', 'plan_artifact', 'make_plan', 'say', 'pin', 'main']
 
 # %% ../../nbs/7_reproduction/plan.ipynb #303ae609
 import argparse, functools, importlib.util, json, os, re, shutil, struct, subprocess
@@ -14,7 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ..foundations.checks import InputError, require
-from ..foundations.files import whole_file
+from ..foundations.files import read_yaml, remembered, whole_file
+from ..laboratory.hub import checked_commit
 from . import registry
 from .runner import chosen
 
@@ -32,10 +33,10 @@ def hub()->dict: # `models`, `shapes`, `datasets`, `aliases`, `files`, `packages
     if not hub_path().is_file(): raise InputError(f"{hub_path()}: no such file, and the sizes of models and data sets stand in it")
     return _checked(hub_path())
 
-@registry._remembered
+@remembered
 def _checked(path):
     import yaml
-    try: found = registry._yaml(path)
+    try: found = read_yaml(path)
     except yaml.YAMLError as e: raise InputError(f"hub.yaml: is not YAML ({' '.join(str(e).split())[:160]})") from None
     if not isinstance(found, dict): raise InputError("hub.yaml: must be a mapping with models and datasets")
     for part, needed in _NEEDED.items():
@@ -50,8 +51,7 @@ def _check_entry(where, entry, needed, part):
     if not isinstance(entry, dict): raise InputError(f"{where}: must be a mapping with {', '.join(needed)}")
     lacks = [k for k in needed if k not in entry]
     if lacks: raise InputError(f"{where}: has no {lacks[0]!r}; it needs {', '.join(needed)}")
-    at = entry["revision"]
-    if at is not None and not re.fullmatch(r"[0-9a-f]{40}", str(at)): raise InputError(f"{where}: revision={at!r}: must be null or a commit of 40 hexadecimal digits")
+    checked_commit(where, entry["revision"])
     if part == "models":
         if entry["stored"] not in BYTES: raise InputError(f"{where}: stored={entry['stored']!r}: must be one of {', '.join(BYTES)}")
         n_parameters(entry["config"], where)
@@ -522,20 +522,6 @@ def _write(path, commits): # the file with other revisions, all else as it was
         elif m := re.match(r"  (\S+):\s*(#.*)?$", l): name = m[1]
         elif re.match(r"    revision:", l) and (part, name) in commits: lines[i] = f"    revision: {commits[part, name]}\n"
     with whole_file(path) as new: new.write_text("".join(lines), encoding="utf8")
-
-# %% ../../nbs/7_reproduction/plan.ipynb #2319024f
-def pinned(params:dict, # every parameter's value
-          )->dict:      # the same, `revision` and `data_revision` filled in where they are None and a commit is known
-    "The commits of data/hub.yaml, for what was left open."
-    if not hub_path().is_file(): return params
-    p, commit = dict(params), lambda part, name: hub()[part].get(name, {}).get("revision")
-    if p.get("revision", 0) is None and not p.get("shape") and any("/" in str(n) for n in _list(p.get("model"))): # this project's own models have no such names
-        at = [commit("models", n) for n in _list(p["model"])]
-        if any(at): p["revision"] = at if isinstance(p["model"], list) else at[0]
-    if p.get("data_revision", 0) is None and any(str(c).startswith("hub:") for c in _list(p.get("corpus"))):
-        names = {d["name"] for d in data_of(p) if d["kind"] == "hub"}
-        if len(names) == 1: p["data_revision"] = commit("datasets", names.pop())
-    return p
 
 # %% ../../nbs/7_reproduction/plan.ipynb #267d7ab3
 def main(argv=None, # words after `lcnb plan`

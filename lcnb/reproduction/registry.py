@@ -8,13 +8,15 @@ __all__ = ['Artifact', 'Param', 'RESULT_FILES', 'home', 'state_dir', 'cells', 'a
            'trained_folder', 'run_key', 'result_dir', 'check_out']
 
 # %% ../../nbs/7_reproduction/registry.ipynb #29821be5
-import ast, copy, difflib, functools, hashlib, io, json, os, re, tokenize
+import ast, copy, difflib, hashlib, io, json, os, re, tokenize
 from collections import namedtuple
 from importlib import metadata
 from pathlib import Path
 
 import lcnb
 from ..foundations.checks import InputError, require
+from ..foundations.files import read_yaml, remembered
+from ..laboratory.hub import pins
 
 # %% ../../nbs/7_reproduction/registry.ipynb #f8c316e7
 def home()->Path: # the checkout's root
@@ -28,22 +30,12 @@ def state_dir()->Path: # `.lcnb` in the checkout, or `$LCNB_STATE`
     "Where the local, untracked records and logs go; deleting it costs nothing but time."
     return Path(os.environ.get("LCNB_STATE") or home()/".lcnb")
 
-# %% ../../nbs/7_reproduction/registry.ipynb #rg000002
-def _remembered(read): # a function of a path, made to read a file again only when it was changed
-    kept = {}
-    @functools.wraps(read)
-    def look(path, *how):
-        at, s = (str(path), *how), os.stat(path)
-        if kept.get(at, (None,))[0] != (s.st_size, s.st_mtime_ns): kept[at] = (s.st_size, s.st_mtime_ns), read(path, *how)
-        return kept[at][1]
-    return look
-
 # %% ../../nbs/7_reproduction/registry.ipynb #71ac8330
 Artifact = namedtuple("Artifact", "id paper title summary notebook")
 Artifact.__doc__ = "One published table or figure: `id` is `<paper>/<artifact>`, `notebook` the path of its experiment."
 
 # %% ../../nbs/7_reproduction/registry.ipynb #b598046b
-@_remembered
+@remembered
 def cells(path:Path,       # a notebook
           kind:str="code", # `code` or `markdown`
          )->list:          # of `(source, tags)`
@@ -52,7 +44,7 @@ def cells(path:Path,       # a notebook
     return [("".join(c["source"]), c["metadata"].get("tags", [])) for c in nb["cells"] if c["cell_type"]==kind]
 
 # %% ../../nbs/7_reproduction/registry.ipynb #8d40c6ff
-@_remembered
+@remembered
 def _headline(path): # title and one-line summary, from the notebook's first markdown cell
     lines = cells(path, "markdown")[0][0].splitlines()
     title = next((l[2:].strip() for l in lines if l.startswith("# ")), Path(path).stem)
@@ -94,7 +86,7 @@ def _comments(source): # line number -> comment, by the tokenizer, so that a '#'
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type==tokenize.COMMENT}
 
-@_remembered
+@remembered
 def parameters(path:Path, # an experiment notebook
               )->dict:    # `Param` by name, in the notebook's order
     "The parameters of a notebook: the assignments of its one cell tagged `parameters`."
@@ -154,17 +146,12 @@ def profile_names()->list: # sorted, `tiny` first
     "The profiles: the YAML files of `data/profiles`."
     return sorted((p.stem for p in (home()/"data"/"profiles").glob("*.yaml")), key=lambda n: (n!="tiny", n))
 
-@_remembered
-def _yaml(path): # what a file says
-    import yaml
-    return yaml.load(path.read_text(encoding="utf8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
 def profile(name:str, # `tiny`, `gpu`, `paper`, `assets`
            )->dict:   # `about`, and `artifacts`: id -> `{cost, params, ...}`
     "One profile, as its YAML says it."
     if name not in profile_names(): raise unknown("profile", name, profile_names())
     path = home()/"data"/"profiles"/f"{name}.yaml"
-    found, there = _yaml(path), _notebooks()
+    found, there = read_yaml(path), _notebooks()
     for id in found["artifacts"]:
         if id not in there: raise InputError(f"{path.name}: {unknown('artifact', id, sorted(there))}")
     return found
@@ -196,8 +183,7 @@ def profile_params(name:str, # a profile
     require(entry is not None, "profile", name, f"one that has parameters for {a.id}")
     base = _filled(entry.get("params") or {}, variables(name))
     resolve(id, base, f"{name}.yaml: ")
-    from lcnb.reproduction.plan import pinned # late, since it imports this module
-    return pinned(resolve(id, base | given))
+    return resolve(id, base | given)
 
 # %% ../../nbs/7_reproduction/registry.ipynb #8b37a7e3
 _LOOK_ON = {"_modidx.py", "cli.py", "report.py", "plan.py", "verify.py", "cluster.py", "gpu.py"} # never imported by an experiment
@@ -209,7 +195,7 @@ def _digest(*parts): # 16 hex digits of a sha256 over texts and bytes, unambiguo
         h.update(len(p).to_bytes(8,"big")+p)
     return h.hexdigest()[:16]
 
-@_remembered
+@remembered
 def _file_digest(path): return hashlib.sha256(path.read_bytes()).digest()
 
 def _version(name): # of an installed package, without importing it
@@ -255,7 +241,7 @@ def run_key(id:str,      # an artifact's id
     params = {k:v for k,v in params.items() if k!="out"}
     read = {k:v for k,v in params.items() if v!=trained_folder(params)}
     outside = [_stat(p) for t in _texts(read) for p in _paths(t)]
-    return _digest(id, json.dumps(params, sort_keys=True), code_hash(id), outside)
+    return _digest(id, json.dumps(params, sort_keys=True), code_hash(id), outside, *pins(_texts(read)).items())
 
 # %% ../../nbs/7_reproduction/registry.ipynb #a28f5e91
 def result_dir(id:str,           # an artifact's id
