@@ -303,11 +303,13 @@ def token_windows(corpus:Corpus,       # from `load_corpus`
                   n_docs:int,          # windows
                   seed:int=0,          # which stories, or where in the documents
                   min_tokens:int=None, # a document with at least this many will do, and gives a shorter window; default `length`
+                  documents:int=None,  # read at most so many long enough documents, and take several windows of each; None = as many as windows
                  )->list:              # `n_docs` int64 tensors `(length,)`, or shorter if `min_tokens` allows it
     "Windows of tokens from a corpus, one a document where it has enough documents."
     positive_int("length", length), positive_int("n_docs", n_docs), positive_int("seed", seed, 0)
     least = length if min_tokens is None else positive_int("min_tokens", min_tokens)
     require(least <= length, "min_tokens", min_tokens, f"at most the length {length}")
+    most = n_docs if documents is None else min(n_docs, positive_int("documents", documents))
     if corpus.endless: return [_story_tokens(tokenizer, length, i + seed*1_000_003) for i in range(n_docs)]
     long, seen, short = [], [0], ""
     for doc in corpus:
@@ -316,7 +318,7 @@ def token_windows(corpus:Corpus,       # from `load_corpus`
             seen.append(len(ids))
             if len(ids) >= least: long.append(ids)
         else: short = max(short, doc.text, key=len)
-        if len(long) == n_docs: break
+        if len(long) == most: break
     if not long: raise InputError(f"length={least}: more than any document of {corpus.spec} has; the longest has {max(*seen, len(encode(tokenizer, short)))} tokens")
     return _cut(long, length, n_docs, random.Random(f"windows {seed}"), corpus.spec)
 

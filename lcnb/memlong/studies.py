@@ -281,13 +281,14 @@ def train_choice(choice:str,      # of `LAYER_CHOICES`
                  folder=None,     # written, with a folder for each choice; None writes nothing
                  retriever_name:str="", # in what is written
                  accumulate:int=1,# batches a step
+                 documents:int=None, # of a corpus, from which the texts are taken; None = one each
                 )->tuple:         # the trained `MemLong` and its log
     "Train one choice of layers and, if asked, keep it."
     lm = load()
     at = layer_choice(choice, lm.model.config.num_hidden_layers, memory_layer)
     ml = add_adapters(MemLong(lm.model, retriever, lm.tokenizer, at["memory_layer"], at["retrieval_layers"], **settings), at["trained_layers"], seed=seed, **lora)
     if corpus == "recall": data = RecallTexts(lm.tokenizer, steps*batch*accumulate, seed, chunk_size=ml.chunk_size)
-    else: data = Windows(token_windows(load_corpus(corpus), lm.tokenizer, length, steps*batch*accumulate, seed))
+    else: data = Windows(token_windows(load_corpus(corpus), lm.tokenizer, length, steps*batch*accumulate, seed, documents=documents))
     import tempfile
     with tempfile.TemporaryDirectory() as tmp: log = train_memlong(ml, data, tmp, steps=steps, batch=batch, seed=seed, gradient_accumulation_steps=accumulate, **recipe)
     if folder: save_memlong(ml, Path(folder).expanduser()/choice, lm.name, lm.revision or "", retriever_name, log)
