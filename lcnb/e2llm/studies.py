@@ -6,10 +6,10 @@
 __all__ = ['PARTS', 'ENCODER_SHAPES', 'METHOD_STYLES', 'RETELL', 'SETTINGS', 'ABLATIONS', 'SWEEPS', 'STAGES', 'HELD', 'HEADLINE',
            'SWEEP_LABELS', 'Clock', 'e2llm_answer', 'text_answer', 'merged', 'shaped_encoder', 'layer_weights',
            'length_texts', 'eval_answers', 'method_style', 'plot_answers', 'lines_of', 'quiz_summary', 'study_records',
-           'kind_of', 'written', 'answer_rows', 'mean_se', 'margin_rows', 'restated', 'restated_rows', 'size_rows',
-           'score_table', 'change_of', 'run_name', 'study_runs', 'grown', 'study_pool', 'train_run', 'run_rows',
-           'studies_dir', 'read_scores', 'read_runs', 'add_rows', 'make_runs', 'main', 'ablation_rows', 'sweep_rows',
-           'plot_sweeps', 'train_on']
+           'kind_of', 'written', 'answer_rows', 'mean_se', 'margin_rows', 'restated_rows', 'size_rows', 'score_table',
+           'change_of', 'run_name', 'study_runs', 'grown', 'study_pool', 'train_run', 'run_rows', 'studies_dir',
+           'read_scores', 'read_runs', 'add_rows', 'make_runs', 'main', 'ablation_rows', 'sweep_rows', 'plot_sweeps',
+           'train_on']
 
 # %% ../../nbs/6_e2llm/studies.ipynb #6e550003
 import argparse, contextlib, itertools, math, random, statistics, sys, tempfile, time
@@ -19,8 +19,8 @@ import torch
 
 from .baselines import TextReader, windows_of
 from .metrics import score_rows
-from .model import Adapter, Context, E2LLM, Row, TINY_PROMPTS, _write, lora_count, paper_shapes, trained_sizes, weighted_nll
-from .training import HIDDEN, LINE, Pool, RECIPE, SECOND, TINY, fitted, quiz_line, quiz_record, quiz_records, train_e2llm
+from .model import Adapter, Context, E2LLM, Row, TINY_PROMPTS, lora_count, paper_shapes, trained_sizes
+from .training import BEFORE, HALF, HIDDEN, LINE, Pool, RECIPE, SECOND, TINY, fitted, quiz_line, quiz_record, quiz_records, restated, train_e2llm
 from ..foundations.checks import InputError, command_line, positive_int, require
 from ..foundations.files import data_dir, read_csv, whole_file, write_csv
 from ..laboratory.corpora import encode, load_corpus, token_windows
@@ -312,24 +312,6 @@ def margin_rows(rows:list,         # of `answer_rows`, several seeds
     return out
 
 # %% ../../nbs/6_e2llm/studies.ipynb #6e550034
-@torch.no_grad()
-def restated(ml:E2LLM,     # trained
-             texts:list,   # chunks that it has not seen
-             batch:int=32, # at once
-            )->dict:       # method -> share of tokens, and their number
-    "Share of the tokens of unseen chunks that are restated, with their chunk token (e2llm) and without (no_chunk)."
-    right, n = dict(e2llm=0, no_chunk=0), 0
-    for a in range(0, len(texts), positive_int("batch", batch)):
-        some = [t.strip() for t in texts[a:a+batch]]
-        soft = ml.adapter(ml.vectors(texts[a:a+batch]).to(next(ml.adapter.parameters())))
-        for m in right:
-            b = ml.assemble([Row(z[None] if m == "e2llm" else z[None][:0], "understanding", "", t) for z, t in zip(soft, some)])
-            s = weighted_nll(_write(ml, b), b.labels, b.weights)
-            hits = (s.logits[:, :-1].argmax(-1) == b.labels[:, 1:]) & s.scored
-            right[m] += int(hits.sum())
-        n += int(s.scored.sum())
-    return {m: (r/n, n) for m, r in right.items()}
-
 def restated_rows(ml:E2LLM, tokenizer, # trained, and its decoder's
                   n_docs:int=4,        # contexts whose chunks are restated
                   seed:int=0,          # of the draw
@@ -367,8 +349,8 @@ def score_table(rows:list,       # tidy rows
     return markdown(["method", *names], [[method_style(m)["label"], *(cell(m, h) for h in heads)] for m in dict.fromkeys(r["method"] for r in rows) if any(cell(m, h) for h in heads)])
 
 # %% ../../nbs/6_e2llm/studies.ipynb #6e550042
-SETTINGS = dict(understanding=RECIPE["understanding"], encoder_rank=TINY["encoder_rank"], decoder_rank=TINY["decoder_rank"], layers=2, chunk_size=TINY["chunk_size"], overlap=0., encoder="tiny-rope")
-ABLATIONS = dict(e2llm="default", minus_und="understanding=0", minus_e="encoder_rank=0", minus_d="decoder_rank=0", plus_overlap="overlap=0.3", plus_encoder="encoder=tiny-ape")
+SETTINGS = dict(understanding=.1, encoder_rank=TINY["encoder_rank"], decoder_rank=TINY["decoder_rank"], layers=2, chunk_size=TINY["chunk_size"], overlap=0., encoder="tiny-rope", restate_first=0)
+ABLATIONS = dict(e2llm="default", minus_und="understanding=0", minus_e="encoder_rank=0", minus_d="decoder_rank=0", plus_overlap="overlap=0.3", plus_encoder="encoder=tiny-ape", restate_first="restate_first=300")
 SWEEPS = dict(weight=("understanding", (0, .1, 1)), encoder_rank=("encoder_rank", (0, 8, 16)), decoder_rank=("decoder_rank", (0, 32, 64)), adapter_layers=("layers", (1, 2, 3)), chunk_size=("chunk_size", (LINE, 4*LINE)))
 
 def change_of(run:str, settings:dict=SETTINGS)->dict: # a run's name, and what it may change -> the change
@@ -433,11 +415,14 @@ def train_run(run:str,          # see `change_of`
     def lines(i): # one number for each step
         step = i//batch
         return random.Random(f"lines {seed} {step}").choice([c for share, c in STAGES if share <= step/steps][-1])
-    pool = study_pool(ml, steps*batch, lines, seed, sizes, kept)
+    n, before = steps*batch, s["restate_first"]
+    pool = study_pool(ml, n + before*batch, lambda i: lines(i) if i < n else HALF, seed, sizes, kept)
     ml.fit(pool.vectors)
+    part = lambda *at: torch.utils.data.Subset(pool, range(*at))
     first, then = (r | dict(understanding=s["understanding"]) for r in (RECIPE | dict(steps=steps, batch=batch, lr=lr), SECOND | dict(steps=second)))
     with tempfile.TemporaryDirectory() as tmp:
-        train_e2llm(ml, pool, f"{tmp}/1", seed=seed, shuffle=False, every=steps, warmup=min(40, steps), **first)
+        if before: train_e2llm(ml, part(n, len(pool)), f"{tmp}/0", seed=seed, shuffle=False, every=before, warmup=min(40, before), **BEFORE | dict(steps=before, batch=batch, lr=lr))
+        train_e2llm(ml, part(n), f"{tmp}/1", seed=seed, shuffle=False, every=steps, warmup=min(40, steps), **first)
         if second:
             fresh = [r for i in range(second) for r in quiz_records(then["batch"], random.Random(f"{seed} {i}").choice((5, 8, 12)), "train", 1000 + 1000*seed + i)]
             train_e2llm(ml, fresh, f"{tmp}/2", seed=seed, shuffle=False, every=second, warmup=min(10, second), **then)
@@ -559,7 +544,7 @@ def _about_sweeps(rows, default):
 
 # %% ../../nbs/6_e2llm/studies.ipynb #6e550054
 for _m, _s in dict(minus_und=("without understanding", "#D55E00", "v", "-"), minus_e=("encoder frozen", "#E69F00", "^", "-"), minus_d=("decoder frozen", "#009E73", "s", "-"), plus_overlap=("overlap of 30 %", "#56B4E9", "D", "-"),
-                   plus_encoder=("another encoder", "#CC79A7", "P", "-"), plus_decoder=("a larger decoder", "#882255", "h", "-")).items(): METHOD_STYLES[_m] = _s
+                   plus_encoder=("another encoder", "#CC79A7", "P", "-"), plus_decoder=("a larger decoder", "#882255", "h", "-"), restate_first=("restated first", "#332288", "*", "-")).items(): METHOD_STYLES[_m] = _s
 SWEEP_LABELS = dict(weight="weight of the understanding task", encoder_rank="rank of the encoder's LoRA", decoder_rank="rank of the decoder's LoRA", adapter_layers="layers of the adapter", chunk_size="characters of a chunk")
 
 def plot_sweeps(rows:list, # of `sweep_rows`
@@ -583,7 +568,7 @@ def plot_sweeps(rows:list, # of `sweep_rows`
 
 # %% ../../nbs/6_e2llm/studies.ipynb #6e550057
 def train_on(run:str,        # see `change_of`
-             settings:dict,  # what it may change: understanding, encoder_rank, decoder_rank, layers, chunk_size, overlap, encoder, decoder
+             settings:dict,  # what it may change: understanding, encoder_rank, decoder_rank, layers, chunk_size, overlap, encoder, decoder, restate_first
              spec:str,       # set of `load_records`
              n_train:int,    # records before the 95:5 split; None = all
              n_docs:int,     # test records; None = all
@@ -603,7 +588,9 @@ def train_on(run:str,        # see `change_of`
     s = settings | change_of(run, settings)
     enc, lm, records = (encoder or load_encoder)(s["encoder"]), (load or load_model)(s["decoder"]), load_records(spec, "train", n_train, seed)
     ml = fitted(enc, lm, records, s["layers"], hidden, seed, chunk_size=s["chunk_size"], overlap=s["overlap"], encoder_rank=s["encoder_rank"], decoder_rank=s["decoder_rank"], prompts=prompts or PROMPTS, checkpointing=lm.model.device.type == "cuda")
-    with tempfile.TemporaryDirectory() as tmp: train_e2llm(ml, records, tmp, understanding=s["understanding"], seed=seed, **recipe)
+    with tempfile.TemporaryDirectory() as tmp:
+        if first := s.get("restate_first"): train_e2llm(ml, records, f"{tmp}/0", understanding=1., reasoning=0., seed=seed, **recipe | dict(steps=first))
+        train_e2llm(ml, records, f"{tmp}/1", understanding=s["understanding"], seed=seed, **recipe)
     tests, kind = load_records(spec, "test", n_docs, seed), kind_of(spec)
     return answer_rows(ml, tests, kind, dict(run=run, dataset=spec, length=0, seed=seed), stop_words, max_new_tokens=max_new_tokens, batch=batch)
 

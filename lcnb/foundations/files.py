@@ -85,13 +85,13 @@ def read_yaml(path): # a file
     import yaml
     return yaml.load(Path(path).read_text(encoding="utf8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
-# %% ../../nbs/1_foundations/files.ipynb #fb212ec1
+# %% ../../nbs/1_foundations/files.ipynb #b099844c
 def write_csv(file,      # to write
-              rows:list, # dicts with the same keys
+              rows:list, # dicts; what one of them lacks is left empty
              )->None:
-    "Rows as a table; the first row names the columns."
+    "Rows as a table."
     with open(file, "w", newline="", encoding="utf8") as f:
-        w = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
+        w = csv.DictWriter(f, dict.fromkeys(k for r in rows for k in r), lineterminator="\n")
         w.writeheader(), w.writerows(rows)
 
 def read_csv(file,  # with a first line of names

@@ -248,7 +248,7 @@ TEXT_BYTES = 5 # of a token, at most
 def _streamed(p, size, rows): # bytes that a run reads of a stream of `size` bytes and `rows` documents; None where that is not known
     if p.get("n_tokens"): return min(size or p["n_tokens"]*TEXT_BYTES, p["n_tokens"]*TEXT_BYTES)
     if not (p.get("train") and "accumulate" in p): return size
-    return min(size, p["steps"]*p["batch_size"]*p["accumulate"]*size//rows) if size and rows else None
+    return min(size, (p.get("n_docs") or p["steps"]*p["batch_size"]*p["accumulate"])*size//rows) if size and rows else None
 
 def find_data(data:dict,   # of `data_of`
               params:dict, # of the artifact
