@@ -58,7 +58,7 @@ test-clean: $(STAMP)  ## notebooks are clean and lcnb/ is what they export
 lab: $(STAMP)         ## open the book
 	$(BIN)/jupyter lab nbs
 
-train: $(STAMP)       ## train the tiny models again, from nothing, into build/ (about 6 CPU-minutes for each of three, 3 for each of four, 15 for one; ARGS="--seed 1" for others)
+train: $(STAMP)       ## train the tiny models again, from nothing, into build/ (about 6 CPU-minutes for each of three, 3 for each of four, 14 for one; ARGS="--seed 1" for others)
 	$(BIN)/python -m lcnb.laboratory.tiny_lm $(ARGS)
 	$(BIN)/python -m lcnb.longembed.tiny_encoder --kind ape $(ARGS)
 	$(BIN)/python -m lcnb.longembed.tiny_encoder --kind rope $(ARGS)
