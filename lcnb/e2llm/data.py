@@ -289,9 +289,10 @@ def tokenizer_and_window(model:str,         # tiny, a folder or a hub id
     from transformers import AutoConfig, AutoTokenizer
     from lcnb.laboratory.models import _locate, _readable
     require(isinstance(model, (str, Path)) and str(model).strip(), "model", model, "tiny, a folder or a hub id")
-    folder = _locate(str(model))
-    name, revision = str(folder or model), revision if folder else model_commit(str(model), revision)
-    with _readable(str(model)): return AutoTokenizer.from_pretrained(name, revision=revision), AutoConfig.from_pretrained(name, revision=revision).get_text_config().max_position_embeddings
+    name = str(_locate(str(model)) or model)
+    with _readable(str(model)):
+        revision = model_commit(name, revision)
+        return AutoTokenizer.from_pretrained(name, revision=revision), AutoConfig.from_pretrained(name, revision=revision).get_text_config().max_position_embeddings
 
 # %% ../../nbs/6_e2llm/data.ipynb #357595ee
 PRINTED = dict(qmsum="QMSum", govreport="GovReport", quality="Quality", narrativeqa="NarrativeQA", triviaqa="TriviaQA") # names in Table 1

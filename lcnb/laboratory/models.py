@@ -126,7 +126,8 @@ def load_model(spec:str,             # `tiny`, a folder or a hub id
     for d in device_map.values() if isinstance(device_map, dict) else (): d == "disk" or pick_device(f"cuda:{d}" if isinstance(d, int) else d)
     if folder: check_folder(folder, spec)
     with _readable(spec), _no_bars():
-        name, options = str(folder or spec), dict(revision=revision if folder else model_commit(spec, revision))
+        name = str(folder or spec)
+        options = dict(revision=model_commit(name, revision))
         config = AutoConfig.from_pretrained(name, **options)
         check_rotary(config, spec)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)

@@ -528,8 +528,7 @@ def load_encoder(spec,                # `tiny-ape`, `tiny-rope`, a folder, a hub
     if isinstance(spec, (str, Path)):
         require(str(spec).strip(), "model", str(spec), "tiny-ape, tiny-rope, a folder or a hub id")
         spec, folder = str(spec), _locate(str(spec))
-        if not folder:
-            with _readable(spec): revision = model_commit(spec, revision)
+        with _readable(spec): revision = model_commit(str(folder or spec), revision)
         said = _read_modules(folder or spec, revision, spec)
         model, found = _load_model(str(folder or spec), said.pop("path", ""), dtype, revision, spec)
         model = model.to(device).eval()

@@ -82,7 +82,7 @@ def load_e5rope(spec:str,          # a hub id or a folder
     "The paper's rotary encoder; mean pooling, normalised, as the official code has it."
     from transformers import AutoTokenizer
     from transformers.utils import cached_file
-    revision = revision if Path(str(spec)).expanduser().is_dir() else model_commit(str(spec), revision)
+    revision = model_commit(str(spec), revision)
     find = lambda name: cached_file(spec, name, revision=revision, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)
     path = find("config.json")
     config = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
